@@ -1,0 +1,190 @@
+r"""Exponentially weighted means, variances and covariances of pytrees, without cancellation.
+
+With weights :math:`w_i = (1-\beta)\beta^{t-i}` and their sum :math:`s_t = \sum_i w_i`, the
+normalised mean and the normalised central second moments of samples :math:`x_i, y_i` are
+
+.. math::
+  m_t = \frac{1}{s_t}\sum_i w_i x_i, \qquad
+  c_t = \frac{1}{s_t}\sum_i w_i (x_i - m_t)(y_i - n_t).
+
+They equal the bias-corrected raw averages and their combinations
+(:math:`c = \overline{xy}/s - \bar x\bar y/s^2`), but are carried in the central form
+
+.. math::
+  s &\leftarrow \beta s + (1-\beta), \quad \kappa = (1-\beta)/s \\
+  m &\leftarrow m + \kappa (x - m) \\
+  c &\leftarrow (1-\kappa)\,c + \frac{\kappa}{1-\kappa}\,(x - m)(y - n)
+      \quad\text{(with the new means)}
+
+which never subtracts two large numbers: a variance is non-negative by construction, in every
+precision. The moments are written through the *new* means, so that XLA can update both in place.
+Update the means first.
+
+The decay may differ from step to step (a schedule): :math:`s` is carried, not computed as
+:math:`1-\beta^t`. A prior enters as the initial :math:`s`: with :math:`s_0 = 1` it stays 1.
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+class SampleWeights(NamedTuple):
+    """How much one new sample counts; scalars of the widest float type in use."""
+
+    total: chex.Array  # s_t in (0, 1]: sum of all weights so far, shape ()
+    new: chex.Array  # κ in (0, 1]: weight of the new sample in the normalised mean, shape ()
+    old: chex.Array  # 1 - κ, shape ()
+    deviation: chex.Array  # κ/(1 - κ), weight of (x - new mean)²; 0 at the first sample, shape ()
+
+
+def scalar_dtype() -> Any:
+    """The type of the scalars that drive a step: float32, or float64 where jax has it enabled."""
+    return jnp.result_type(float)
+
+
+def zero_weight() -> chex.Array:
+    """The sum of weights before the first sample."""
+    return jnp.zeros((), scalar_dtype())
+
+
+def sample_weights(total: chex.Array, decay: chex.Numeric) -> SampleWeights:
+    """Weights of the next sample.
+
+    Args:
+      total: sum of the weights so far, ``zero_weight()`` at the start (1 for a full prior).
+      decay: β in [0, 1), a number or a traced scalar.
+
+    Returns:
+      The new sum of weights and the coefficients of the recursions above. ``old`` is formed as
+      (s − (1−β))/s, not by subtracting κ from 1: its relative error is the unit roundoff over β.
+
+    Examples:
+      >>> first = sample_weights(zero_weight(), 0.9)
+      >>> second = sample_weights(first.total, 0.9)
+      >>> print(f"{first.new:.4f} {second.new:.4f} {second.old:.4f}")
+      1.0000 0.5263 0.4737
+    """
+    fresh = jnp.asarray(1 - decay, scalar_dtype())
+    new_total = jnp.asarray(decay, scalar_dtype()) * total + fresh
+    # From the new total, which equals `fresh` exactly at the first sample: reading the old one
+    # here would keep it alive beside the new and cost a copy of the donated scalar.
+    kept = new_total - fresh
+    old = kept / new_total
+    is_first = kept == 0
+    deviation = jnp.where(is_first, 0.0, fresh / jnp.where(is_first, 1.0, kept))
+    return SampleWeights(new_total, fresh / new_total, old, deviation)
+
+
+def zeros_like_average(tree: chex.ArrayTree, dtype: Any | None = None) -> chex.ArrayTree:
+    """A zero average for every leaf: float32 for low-precision leaves unless ``dtype`` says else.
+
+    Examples:
+      >>> zeros_like_average(jnp.ones(3, jnp.bfloat16)).dtype
+      dtype('float32')
+    """
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype or average_dtype(x)), tree)
+
+
+def average_dtype(x: Any) -> Any:
+    """The type in which averages of ``x`` are kept: its own, but at least float32."""
+    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+
+
+def update_mean(
+    mean: chex.ArrayTree, sample: chex.ArrayTree, weights: SampleWeights
+) -> chex.ArrayTree:
+    """Normalised mean after one more sample; leaf by leaf, in at least float32.
+
+    Args:
+      mean: m, the mean of the samples so far.
+      sample: x, a tree of the same structure and shapes.
+      weights: from `sample_weights`.
+
+    Returns:
+      m + κ(x − m), with the types of ``mean``.
+    """
+
+    def update(m: chex.Array, x: chex.Array) -> chex.Array:
+        dtype = jnp.promote_types(m.dtype, jnp.float32)
+        wide = m.astype(dtype)
+        return (wide + weights.new.astype(dtype) * (x.astype(dtype) - wide)).astype(m.dtype)
+
+    return jax.tree.map(update, mean, sample)
+
+
+def update_variance(
+    variance: chex.ArrayTree,
+    sample: chex.ArrayTree,
+    new_mean: chex.ArrayTree,
+    weights: SampleWeights,
+) -> chex.ArrayTree:
+    """Normalised central second moment after one more sample, from the *new* mean.
+
+    Args:
+      variance: v ≥ 0, of the samples so far.
+      sample: x.
+      new_mean: the mean that already contains x, from `update_mean`.
+      weights: from `sample_weights`, the same as for the mean.
+
+    Returns:
+      (1−κ)v + κ/(1−κ)·(x − m)², never negative, with the types of ``variance``.
+    """
+    return update_covariance(variance, sample, new_mean, sample, new_mean, weights)
+
+
+def update_covariance(  # noqa: PLR0917  the order of the formula: c, x, m, y, n
+    covariance: chex.ArrayTree,
+    sample_x: chex.ArrayTree,
+    new_mean_x: chex.ArrayTree,
+    sample_y: chex.ArrayTree,
+    new_mean_y: chex.ArrayTree,
+    weights: SampleWeights,
+) -> chex.ArrayTree:
+    """Normalised central co-moment after one more pair of samples, from the *new* means.
+
+    Args:
+      covariance: c, of the pairs so far.
+      sample_x: x.
+      new_mean_x: the mean that already contains x.
+      sample_y: y.
+      new_mean_y: the mean that already contains y.
+      weights: from `sample_weights`, the same as for the means.
+
+    Returns:
+      (1−κ)c + κ/(1−κ)·(x − m)(y − n), with the types of ``covariance``.
+    """
+
+    def update(
+        c: chex.Array, x: chex.Array, m: chex.Array, y: chex.Array, n: chex.Array
+    ) -> chex.Array:
+        dtype = jnp.promote_types(c.dtype, jnp.float32)
+        deviation_x = x.astype(dtype) - m.astype(dtype)
+        deviation_y = y.astype(dtype) - n.astype(dtype)
+        old, new = weights.old.astype(dtype), weights.deviation.astype(dtype)
+        return (old * c.astype(dtype) + new * (deviation_x * deviation_y)).astype(c.dtype)
+
+    return jax.tree.map(update, covariance, sample_x, new_mean_x, sample_y, new_mean_y)
+
+
+def update_sum(
+    total: chex.ArrayTree, sample: chex.ArrayTree, decay: chex.Numeric
+) -> chex.ArrayTree:
+    """Exponentially decaying sum after one more sample: decay·total + x (a momentum term).
+
+    Args:
+      total: the sum so far.
+      sample: x, a tree of the same structure and shapes.
+      decay: weight kept, in [0, 1].
+
+    Returns:
+      The new sum with the types of ``total``, computed in at least float32.
+    """
+
+    def update(s: chex.Array, x: chex.Array) -> chex.Array:
+        dtype = jnp.promote_types(s.dtype, jnp.float32)
+        return (jnp.asarray(decay, dtype) * s.astype(dtype) + x.astype(dtype)).astype(s.dtype)
+
+    return jax.tree.map(update, total, sample)

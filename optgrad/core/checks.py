@@ -1,0 +1,92 @@
+"""Checks of arguments at the door.
+
+Every message names the argument, its value and what is accepted.
+"""
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+
+def check_in_range(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    """Raises unless a concrete number lies in a range.
+
+    Traced values, arrays and schedules pass: they are not known yet, and looking into an
+    array would wait for the device.
+
+    Args:
+      name: the argument's name, for the message.
+      value: what was given.
+      low: smallest accepted value.
+      high: largest accepted value.
+      low_open: whether ``low`` itself is refused.
+      high_open: whether ``high`` itself is refused.
+
+    Raises:
+      TypeError: for a bool, a string, ``None`` or another thing that is no number.
+      ValueError: for a number outside the range, NaN included.
+
+    Examples:
+      >>> check_in_range("beta", 1.0, 0.0, 1.0, high_open=True)
+      Traceback (most recent call last):
+      ...
+      ValueError: beta = 1.0 is outside its range [0, 1)
+    """
+    if isinstance(value, bool) or value is None or isinstance(value, str | bytes):
+        raise TypeError(f"{name} = {value!r} is not a number; {_interval(**_bounds(locals()))}")
+    if not isinstance(value, numbers.Real):
+        return
+    number = float(value)
+    above = number > low if low_open else number >= low
+    below = number < high if (high_open or high == math.inf) else number <= high
+    if not (above and below):
+        raise ValueError(f"{name} = {value} is outside its range {_interval(**_bounds(locals()))}")
+
+
+def _bounds(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: arguments[key] for key in ("low", "high", "low_open", "high_open")}
+
+
+def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
+    left = "(" if low_open or low == -math.inf else "["
+    right = ")" if high_open or high == math.inf else "]"
+    return f"{left}{low:g}, {high:g}{right}"
+
+
+def check_one_of(name: str, value: Any, accepted: Iterable[Any]) -> None:
+    """Raises ``ValueError`` unless ``value`` is one of ``accepted``.
+
+    Examples:
+      >>> check_one_of("factor", "adm", ("adam", "optimal"))
+      Traceback (most recent call last):
+      ...
+      ValueError: factor = 'adm' is not accepted; did you mean 'adam'? Accepted: 'adam', 'optimal'
+    """
+    accepted = tuple(accepted)
+    if value not in accepted:
+        raise ValueError(f"{name} = {value!r} is not accepted; {did_you_mean(value, accepted)}")
+
+
+def did_you_mean(name: Any, accepted: Iterable[Any]) -> str:
+    """The tail of an error message: the nearest accepted names, then all of them.
+
+    Examples:
+      >>> did_you_mean("m_svga", ["adam", "m_svag"])
+      "did you mean 'm_svag'? Accepted: 'adam', 'm_svag'"
+    """
+    accepted = tuple(accepted)
+    close = difflib.get_close_matches(str(name), [str(a) for a in accepted], n=3, cutoff=0.5)
+    listing = "Accepted: " + (", ".join(repr(a) for a in accepted) if accepted else "nothing")
+    if not close:
+        return listing
+    return f"did you mean {' or '.join(repr(c) for c in close)}? {listing}"

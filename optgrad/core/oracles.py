@@ -1,0 +1,207 @@
+"""Per-example gradients and the variance of the minibatch gradient, of any loss function.
+
+``loss_fn(params, example)`` is the loss of one example, a scalar; ``batch`` is a pytree like one
+example with a leading batch axis on every leaf.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optgrad.core import averages
+
+LossFn = Callable[[Any, Any], chex.Array]
+
+
+def per_example_grads(
+    loss_fn: LossFn,
+    params: optax.Params,
+    batch: chex.ArrayTree,
+    *,
+    microbatch_size: int | None = None,
+) -> optax.Updates:
+    r"""The gradient :math:`\nabla\ell(\theta; x_k)` of every example of a batch.
+
+    Args:
+      loss_fn: the loss of one example.
+      params: θ, a pytree of floating-point arrays.
+      batch: B examples, stacked along the leading axis of every leaf.
+      microbatch_size: at most that many examples are differentiated at once, which bounds the
+        activations' memory; it need not divide B. Default: all. The B × D result is stored in any
+        case; where only the variance is wanted, use `value_grad_and_variance`.
+
+    Returns:
+      A tree like ``params`` with a leading axis of size B on every leaf.
+
+    Raises:
+      ValueError: for an empty batch, leaves of different batch sizes or a bad microbatch size.
+
+    Examples:
+      >>> loss = lambda w, x: 0.5 * jnp.sum((w - x) ** 2)
+      >>> print(per_example_grads(loss, jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 4.0]])))
+      [[-1. -2.]
+       [-3. -4.]]
+    """
+    size = batch_size(batch)
+    chunk = _microbatch_size(microbatch_size, size)
+    grad_fn = jax.grad(loss_fn)
+    if chunk == size:
+        return jax.vmap(grad_fn, in_axes=(None, 0))(params, batch)
+    return jax.lax.map(lambda example: grad_fn(params, example), batch, batch_size=chunk)
+
+
+def gradient_variance(per_example_grads: optax.Updates) -> optax.Updates:
+    r"""Unbiased estimate of the variance of the *minibatch mean* of these gradients.
+
+    .. math::
+      \hat s = \frac{1}{B(B-1)}\sum_{k=1}^B (g_k - \bar g)^2
+
+    in this centred form, accumulated in at least float32. Equation (44) of Balles & Hennig prints
+    :math:`\frac1B\big(\frac{1}{B-1}\sum_k g_k^2 - \bar g^2\big)`, which is not unbiased: its second
+    term lacks the factor B/(B−1).
+
+    Args:
+      per_example_grads: a tree whose leaves have a leading axis of size B ≥ 2.
+
+    Returns:
+      ŝ, a tree like the gradient.
+
+    Raises:
+      ValueError: if B is 1, or the leaves' leading axes differ.
+
+    Examples:
+      >>> print(gradient_variance(jnp.array([[1.0, 5.0], [3.0, 5.0]])))
+      [1. 0.]
+    """
+    size = batch_size(per_example_grads, "per_example_grads")
+    _check_enough(size, "per_example_grads")
+    _, squares = _mean_and_squares(per_example_grads)
+    return jax.tree.map(lambda m2: m2 / (size * (size - 1)), squares)
+
+
+def value_grad_and_variance(
+    loss_fn: LossFn,
+    params: optax.Params,
+    batch: chex.ArrayTree,
+    *,
+    microbatch_size: int | None = None,
+) -> tuple[chex.Array, optax.Updates, optax.Updates]:
+    r"""Mean loss of a batch, its gradient, and the variance of that gradient, in one pass.
+
+    Micro-batches are differentiated one after the other; their means and centred sums of squares
+    are merged exactly (Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for
+    computing sample variances", 1979), so that no more than ``microbatch_size`` gradients exist
+    at a time and nothing cancels.
+
+    Args:
+      loss_fn: the loss of one example.
+      params: θ, a pytree of floating-point arrays.
+      batch: B ≥ 2 examples, stacked along the leading axis of every leaf.
+      microbatch_size: per-example gradients held at once; it need not divide B. Default: all.
+        On CPU, XLA runs convolutions inside the loop over micro-batches much slower than outside.
+
+    Returns:
+      ``(value, grad, variance)``: a scalar, and two trees like ``params``; the variance is of the
+      minibatch mean, see `gradient_variance`, and at least float32.
+
+    Raises:
+      ValueError: if B is 1, leaves differ in batch size, or the microbatch size is bad.
+
+    Examples:
+      >>> loss = lambda w, x: 0.5 * jnp.sum((w - x) ** 2)
+      >>> batch = jnp.array([[1.0, 2.0], [3.0, 2.0], [5.0, 2.0]])
+      >>> value, grad, variance = value_grad_and_variance(
+      ...     loss, jnp.zeros(2), batch, microbatch_size=2)
+      >>> print(grad, variance.round(4))
+      [-3. -2.] [1.3333 0.    ]
+    """
+    size = batch_size(batch)
+    _check_enough(size, "batch")
+    chunk = _microbatch_size(microbatch_size, size)
+    value_and_grad = jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0))
+
+    def moments(examples: chex.ArrayTree) -> tuple[chex.Array, optax.Updates, optax.Updates]:
+        values, grads = value_and_grad(params, examples)
+        return jnp.mean(values), *_mean_and_squares(grads)
+
+    whole = size - size % chunk
+    head = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), batch)
+
+    def accumulate(carry: tuple[Any, Any], examples: chex.ArrayTree) -> tuple[Any, None]:
+        count, so_far = carry
+        return (count + chunk, _merge(count, so_far, chunk, moments(examples))), None
+
+    total = moments(jax.tree.map(lambda x: x[0], head))
+    if whole > chunk:
+        start = (jnp.asarray(chunk, averages.scalar_dtype()), total)
+        (_, total), _ = jax.lax.scan(accumulate, start, jax.tree.map(lambda x: x[1:], head))
+    if whole < size:
+        tail = jax.tree.map(lambda x: x[whole:], batch)
+        total = _merge(whole, total, size - whole, moments(tail))
+    value, mean, squares = total
+    grad = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), mean, params)
+    return value, grad, jax.tree.map(lambda m2: m2 / (size * (size - 1)), squares)
+
+
+def _mean_and_squares(grads: optax.Updates) -> tuple[optax.Updates, optax.Updates]:
+    """Mean over the leading axis, and the sum of squared deviations from it."""
+    wide = jax.tree.map(lambda g: g.astype(averages.average_dtype(g)), grads)
+    mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), wide)
+    squares = jax.tree.map(lambda g, m: jnp.sum((g - m) ** 2, axis=0), wide, mean)
+    return mean, squares
+
+
+def _merge(count_a: Any, a: Any, count_b: Any, b: Any) -> tuple[Any, Any, Any]:
+    """Value, mean and squared deviations of two groups of examples taken together."""
+    share = count_b / (count_a + count_b)
+    (value_a, mean_a, squares_a), (value_b, mean_b, squares_b) = a, b
+
+    def toward(x: chex.Array, y: chex.Array) -> chex.Array:
+        return x + jnp.asarray(share, x.dtype) * (y - x)
+
+    def squares(sa: chex.Array, sb: chex.Array, ma: chex.Array, mb: chex.Array) -> chex.Array:
+        return sa + sb + jnp.asarray(count_a * share, sa.dtype) * (mb - ma) ** 2
+
+    return (
+        toward(value_a, value_b),
+        jax.tree.map(toward, mean_a, mean_b),
+        jax.tree.map(squares, squares_a, squares_b, mean_a, mean_b),
+    )
+
+
+def batch_size(batch: chex.ArrayTree, name: str = "batch") -> int:
+    """The common leading axis of all leaves.
+
+    Raises:
+      ValueError: if there is none, or the leaves disagree; the message names ``name``.
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    sizes = {shape[0] if shape else None for shape in shapes}
+    if len(sizes) != 1 or sizes & {None, 0}:
+        raise ValueError(
+            f"{name} has leaves of shapes {shapes[:4]}{'…' if len(shapes) > 4 else ''}; "
+            "accepted: one common leading batch axis of size ≥ 1 on every leaf"
+        )
+    return int(sizes.pop())  # type: ignore[arg-type]  # None was refused above
+
+
+def _check_enough(size: int, name: str) -> None:
+    if size < 2:
+        raise ValueError(
+            f"{name} holds B = {size} example: the variance of a minibatch gradient "
+            "needs B ≥ 2 (use a moving-average method such as m_svag instead)"
+        )
+
+
+def _microbatch_size(microbatch_size: int | None, size: int) -> int:
+    if microbatch_size is None:
+        return size
+    if isinstance(microbatch_size, bool) or not isinstance(microbatch_size, int):
+        raise TypeError(f"microbatch_size = {microbatch_size!r} is not a Python int or None")
+    if microbatch_size < 1:
+        raise ValueError(f"microbatch_size = {microbatch_size} is outside its range [1, inf)")
+    return min(microbatch_size, size)

@@ -1,0 +1,53 @@
+"""Small pieces that every family's transformations are assembled from."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optgrad.core import averages, checks
+
+
+def with_learning_rate(
+    direction: optax.GradientTransformation, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer θ ← θ − α·direction, as a chain of two.
+
+    Unlike `optax.scale_by_learning_rate`, a traced or injected float32 rate leaves the updates in
+    the type that the direction gave them.
+
+    Args:
+      direction: the positive direction.
+      learning_rate: α ≥ 0, a number, a traced scalar or a schedule.
+
+    Raises:
+      ValueError: for a negative or non-finite rate.
+    """
+    checks.check_in_range("learning_rate", learning_rate, 0.0, high_open=True)
+    scale = optax.scale_by_learning_rate(learning_rate)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        scaled, state = scale.update(updates, state, params)
+        return cast_like(scaled, updates), state
+
+    return optax.chain(direction, optax.GradientTransformation(scale.init, update))
+
+
+def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
+    """``tree`` with each leaf in the type of its counterpart in ``like``."""
+    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
+def hyperparameter_at(value: Any, count: chex.Array) -> chex.Array:
+    """The value of a hyperparameter at step ``count``: schedules are called, numbers are kept.
+
+    In at least float32, so that a decay near 1 survives low-precision parameters.
+    """
+    value = value(count) if callable(value) else value
+    if isinstance(value, jax.Array):
+        return value.astype(averages.scalar_dtype())
+    return value

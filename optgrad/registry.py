@@ -1,0 +1,235 @@
+"""The registry: one `Method` record for every optimizer that optgrad knows.
+
+Tests, documentation, the command line and the harness iterate over these records. A method is
+added by registering it, in its own file, and by one import line in its family's ``__init__``.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optgrad.core import checks
+
+# What `update` may take beyond gradients, state and parameters' values: one vocabulary for all.
+EXTRAS: Mapping[str, str] = {
+    "params": "the parameters at which the gradient was evaluated",
+    "value": "the loss at params, a scalar",
+    "grad": "the gradient at params, before any transformation ahead in the chain",
+    "value_fn": "params -> loss on the same batch",
+    "per_example_grads": "gradients of every example, leading batch axis on each leaf",
+    "gradient_variance": "estimated variance of the minibatch gradient, a tree like the gradient; "
+    "a method that lists it beside per_example_grads takes either",
+    "residual_fn": "params -> residual vector of a least-squares loss",
+    "outputs_fn": "params -> network outputs on the batch",
+}
+
+
+class Tunable(NamedTuple):
+    """The hyperparameter that a sweep tunes, and the decades in which its best value may lie."""
+
+    hyperparameter: str
+    low: float  # > 0; sweeps are logarithmic
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Everything the rest of the project knows about one optimizer.
+
+    Attributes:
+      name: key in the registry, e.g. ``"m_svag"``.
+      factory: the alias, called with keyword arguments, returns the complete optimizer.
+      scale_by: the factory of the direction alone (no learning rate), or None.
+      family: name of the package that defines it, or ``"baselines"``.
+      title: what people call it.
+      reference: authors, title, year.
+      equation: which equation or algorithm box, and the update in one line.
+      needs: names from `EXTRAS`: what ``update`` takes beyond gradients.
+      static_args: arguments that may not be traced: sizes, strings, callables, dtypes.
+      tunes: what a sweep tunes, or None where there is nothing to tune.
+      test_hyperparams: keyword arguments under which it converges on small problems.
+      state_size: vectors of parameter size in the state.
+      cost: gradient equivalents per step (a gradient is 1).
+    """
+
+    name: str
+    factory: Callable[..., optax.GradientTransformationExtraArgs]
+    scale_by: Callable[..., optax.GradientTransformationExtraArgs] | None
+    family: str
+    title: str
+    reference: str
+    equation: str
+    needs: frozenset[str] = frozenset()
+    static_args: tuple[str, ...] = ()
+    tunes: Tunable | None = None
+    test_hyperparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    state_size: float = 0
+    cost: float = 1.0
+
+    def __post_init__(self) -> None:
+        if unknown := self.needs - EXTRAS.keys():
+            raise ValueError(
+                f"{self.name}: needs = {sorted(unknown)}; {checks.did_you_mean(unknown, EXTRAS)}"
+            )
+        named = {*self.static_args, *self.test_hyperparams}
+        named |= {self.tunes.hyperparameter} if self.tunes else set()
+        for name in sorted(named):
+            self.check_hyperparameter(name)
+
+    @property
+    def hyperparameters(self) -> Mapping[str, inspect.Parameter]:
+        """The factory's parameters, by name."""
+        return inspect.signature(self.factory).parameters
+
+    def check_hyperparameter(self, name: str) -> None:
+        """Raises `UnknownHyperparameterError` unless the factory has a parameter of that name."""
+        if name not in self.hyperparameters:
+            raise UnknownHyperparameterError(
+                f"{self.name} has no hyperparameter {name!r}; "
+                f"{checks.did_you_mean(name, self.hyperparameters)}"
+            )
+
+
+class UnknownMethodError(KeyError, ValueError):
+    """A name that is not in the registry (a `KeyError` for whoever treats it as a mapping)."""
+
+    def __str__(self) -> str:  # KeyError would print the message's repr
+        return str(self.args[0])
+
+
+class UnknownHyperparameterError(TypeError, ValueError):
+    """A keyword argument that the method's factory does not have, or lacks."""
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Adds a record to the registry; a second record of the same name is refused."""
+    if method.name in _METHODS:
+        raise ValueError(f"name = {method.name!r} is registered already")
+    _METHODS[method.name] = method
+    return method
+
+
+def methods(family: str | None = None) -> tuple[Method, ...]:
+    """All registered methods, or those of one family, in the order of registration.
+
+    Examples:
+      >>> import optgrad
+      >>> [m.name for m in optgrad.methods("dissecting_adam")][:4]
+      ['ssd', 'm_ssd', 'svag', 'm_svag']
+    """
+    if family is None:
+        return tuple(_METHODS.values())
+    checks.check_one_of("family", family, dict.fromkeys(m.family for m in _METHODS.values()))
+    return tuple(m for m in _METHODS.values() if m.family == family)
+
+
+def get_method(name: str) -> Method:
+    """The record of one method.
+
+    Raises:
+      UnknownMethodError: with the nearest registered names.
+
+    Examples:
+      >>> import optgrad
+      >>> optgrad.get_method("m_svag").equation.split(":")[0]
+      'Algorithm 2, Eq. (19)'
+    """
+    if name not in _METHODS:
+        raise UnknownMethodError(
+            f"unknown method {name!r}; {checks.did_you_mean(name, sorted(_METHODS))}"
+        )
+    return _METHODS[name]
+
+
+def create(name: str, **hyperparams: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer ``name`` with these hyperparameters.
+
+    Raises:
+      UnknownMethodError: no such method; the message suggests the nearest names.
+      UnknownHyperparameterError: no such hyperparameter, or a required one is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp, optgrad
+      >>> optimizer = optgrad.create("m_ssd", learning_rate=0.5)
+      >>> updates, _ = optimizer.update(jnp.array([2.0, -3.0]), optimizer.init(jnp.zeros(2)))
+      >>> print(updates)
+      [-0.5  0.5]
+    """
+    method = get_method(name)
+    check_hyperparams(method, hyperparams)
+    return method.factory(**hyperparams)
+
+
+def inject(name: str, **hyperparams: Any) -> optax.GradientTransformationExtraArgs:
+    """`create` under `optax.inject_hyperparams`: hyperparameters live in the state.
+
+    Each hyperparameter may be a schedule (a callable of the step count), and those that are
+    numbers can be read and set in ``state.hyperparams``. The method's static arguments are
+    handled, integers given for real hyperparameters become floats, and values are kept in
+    float32 at least (optax would round a decay of 0.999 to 1 for bfloat16 parameters).
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optgrad
+      >>> schedule = optax.linear_schedule(1.0, 0.0, 4)
+      >>> optimizer = optgrad.inject("ssd", learning_rate=schedule)
+      >>> state = optimizer.init(jnp.zeros(2))
+      >>> for _ in range(2):
+      ...     updates, state = optimizer.update(jnp.ones(2), state, jnp.zeros(2))
+      >>> print(updates)
+      [-0.75 -0.75]
+    """
+    method = get_method(name)
+    check_hyperparams(method, hyperparams)
+    method.factory(**hyperparams)  # refuses bad values now, not in init
+    real = {
+        key: float(value) if type(value) is int and key not in method.static_args else value
+        for key, value in hyperparams.items()
+    }
+
+    def injected(tree: chex.ArrayTree) -> optax.GradientTransformationExtraArgs:
+        dtypes = [x.dtype for x in map(jnp.asarray, jax.tree.leaves(tree))]
+        dtype = jnp.result_type(
+            jnp.float32, *[d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+        )
+        wrapped = optax.inject_hyperparams(
+            method.factory, static_args=method.static_args, hyperparam_dtype=dtype
+        )
+        return wrapped(**real)
+
+    def init(params: chex.ArrayTree) -> optax.OptState:
+        return injected(params).init(params)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        optimizer = injected(updates if params is None else params)
+        new_updates, new_state = optimizer.update(updates, state, params, **extra)
+        return new_updates, new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_hyperparams(method: Method, names: Iterable[str]) -> None:
+    """Raises unless ``names`` are hyperparameters of the method and none it requires is missing."""
+    names = tuple(names)
+    for name in names:
+        method.check_hyperparameter(name)
+    required = [
+        k for k, p in method.hyperparameters.items() if p.default is inspect.Parameter.empty
+    ]
+    if missing := [k for k in required if k not in names]:
+        raise UnknownHyperparameterError(
+            f"{method.name} requires {', '.join(missing)}; given: {', '.join(names) or 'nothing'}"
+        )

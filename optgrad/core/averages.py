@@ -20,8 +20,9 @@ which never subtracts two large numbers: a variance is non-negative by construct
 precision. The moments are written through the *new* means, so that XLA can update both in place.
 Update the means first.
 
-The decay may differ from step to step (a schedule): :math:`s` is carried, not computed as
-:math:`1-\beta^t`. A prior enters as the initial :math:`s`: with :math:`s_0 = 1` it stays 1.
+Here :math:`s_t = 1-\beta^t`. With a decay that changes from step to step the current one enters
+these formulas; every κ lies in (0, 1], so mean and moments remain those of one set of weights that
+sum to 1. Initial statistics that count as a full prior have :math:`s = 1` and κ = 1 − β throughout.
 """
 
 from typing import Any, NamedTuple
@@ -29,15 +30,16 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class SampleWeights(NamedTuple):
     """How much one new sample counts; scalars of the widest float type in use."""
 
-    total: chex.Array  # s_t in (0, 1]: sum of all weights so far, shape ()
+    total: chex.Array  # s = 1 − βᵗ in (0, 1]: sum of all weights so far, shape ()
     new: chex.Array  # κ in (0, 1]: weight of the new sample in the normalised mean, shape ()
-    old: chex.Array  # 1 - κ, shape ()
-    deviation: chex.Array  # κ/(1 - κ), weight of (x - new mean)²; 0 at the first sample, shape ()
+    old: chex.Array  # 1 − κ, shape ()
+    deviation: chex.Array  # κ/(1 − κ), weight of (x − new mean)²; 0 at the first sample, shape ()
 
 
 def scalar_dtype() -> Any:
@@ -45,37 +47,40 @@ def scalar_dtype() -> Any:
     return jnp.result_type(float)
 
 
-def zero_weight() -> chex.Array:
-    """The sum of weights before the first sample."""
-    return jnp.zeros((), scalar_dtype())
-
-
-def sample_weights(total: chex.Array, decay: chex.Numeric) -> SampleWeights:
-    """Weights of the next sample.
+def sample_weights(count: chex.Array, decay: chex.Numeric) -> SampleWeights:
+    """Weights of the sample number ``count``.
 
     Args:
-      total: sum of the weights so far, ``zero_weight()`` at the start (1 for a full prior).
+      count: t ≥ 1, the number of samples including the new one.
       decay: β in [0, 1), a number or a traced scalar.
 
     Returns:
-      The new sum of weights and the coefficients of the recursions above. ``old`` is formed as
-      (s − (1−β))/s, not by subtracting κ from 1: its relative error is the unit roundoff over β.
+      The coefficients of the recursions above. At the first sample κ is 1 and 1 − κ is 0, exactly;
+      neither is ever formed by a subtraction that cancels.
 
     Examples:
-      >>> first = sample_weights(zero_weight(), 0.9)
-      >>> second = sample_weights(first.total, 0.9)
-      >>> print(f"{first.new:.4f} {second.new:.4f} {second.old:.4f}")
-      1.0000 0.5263 0.4737
+      >>> second = sample_weights(jnp.array(2), 0.9)
+      >>> print(f"{second.total:.4f} {second.new:.4f} {second.old:.4f}")
+      0.1900 0.5263 0.4737
     """
-    fresh = jnp.asarray(1 - decay, scalar_dtype())
-    new_total = jnp.asarray(decay, scalar_dtype()) * total + fresh
-    # From the new total, which equals `fresh` exactly at the first sample: reading the old one
-    # here would keep it alive beside the new and cost a copy of the donated scalar.
-    kept = new_total - fresh
-    old = kept / new_total
-    is_first = kept == 0
-    deviation = jnp.where(is_first, 0.0, fresh / jnp.where(is_first, 1.0, kept))
-    return SampleWeights(new_total, fresh / new_total, old, deviation)
+    dtype = scalar_dtype()
+    beta, fresh = jnp.asarray(decay, dtype), jnp.asarray(1 - decay, dtype)
+    log_beta = jnp.log(jnp.maximum(beta, np.finfo(dtype).tiny))  # β = 0 is a decay like another
+    past = -beta * jnp.expm1((count - 1) * log_beta)  # β(1 − βᵗ⁻¹), 0 at the first sample
+    return _weights(past, fresh)
+
+
+def constant_sample_weights(decay: chex.Numeric) -> SampleWeights:
+    """Weights of any sample where the initial statistics are a full prior: s = 1, κ = 1 − β."""
+    dtype = scalar_dtype()
+    return _weights(jnp.asarray(decay, dtype), jnp.asarray(1 - decay, dtype))
+
+
+def _weights(past: chex.Array, fresh: chex.Array) -> SampleWeights:
+    total = past + fresh
+    has_past = past > 0
+    deviation = jnp.where(has_past, fresh / jnp.where(has_past, past, 1.0), 0.0)
+    return SampleWeights(total, fresh / total, past / total, deviation)
 
 
 def zeros_like_average(tree: chex.ArrayTree, dtype: Any | None = None) -> chex.ArrayTree:

@@ -29,7 +29,6 @@ class MovingMomentsState(NamedTuple):
     """Mean and central variance of the past gradients."""
 
     count: chex.Array  # number of updates, int32, shape ()
-    weight: chex.Array  # sum of the averages' weights, 1 − βᵗ for a constant β, shape ()
     mean: optax.Updates  # bias-corrected m, like the parameters, at least float32
     variance: optax.Updates  # v − m² ≥ 0, like the parameters, at least float32
 
@@ -49,7 +48,6 @@ def init_moving_moments(params: optax.Params, dtype: Any | None) -> MovingMoment
     """Moments before the first gradient."""
     return MovingMomentsState(
         count=jnp.zeros((), jnp.int32),
-        weight=averages.zero_weight(),
         mean=averages.zeros_like_average(params, dtype),
         variance=averages.zeros_like_average(params, dtype),
     )
@@ -59,11 +57,11 @@ def update_moving_moments(
     state: MovingMomentsState, gradient: optax.Updates, beta: chex.Numeric
 ) -> tuple[MovingMomentsState, averages.SampleWeights]:
     """Moments after one more gradient, and the weights it was averaged with."""
-    weights = averages.sample_weights(state.weight, beta)
+    count = optax.safe_increment(state.count)
+    weights = averages.sample_weights(count, beta)
     mean = averages.update_mean(state.mean, gradient, weights)
     variance = averages.update_variance(state.variance, gradient, mean, weights)
-    count = optax.safe_increment(state.count)
-    return MovingMomentsState(count, weights.total, mean, variance), weights
+    return MovingMomentsState(count, mean, variance), weights
 
 
 def variance_multiplier(

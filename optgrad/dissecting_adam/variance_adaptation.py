@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import jax.scipy.special
+import numpy as np
 import optax
 
 from optgrad.core import averages, checks, oracles, transforms
@@ -101,8 +102,8 @@ def adapt_direction(
     direction: chex.Array, mean: chex.Array, variance: chex.Array, multiplier: chex.Array
 ) -> chex.Array:
     """γ⊙direction with γ = 1/(1+η²), η² = multiplier·variance/mean²; 0 where the mean is 0."""
-    relative = _relative_variance(mean, variance, multiplier)
-    return jnp.where(mean == 0, 0.0, direction / (1 + relative))
+    adapted = direction / (1 + _relative_variance(mean, variance, multiplier))
+    return jnp.where(_is_zero(mean), 0.0, adapted)
 
 
 def adapt_sign(
@@ -116,15 +117,25 @@ def adapt_sign(
         certain = relative == 0  # erf(∞) = 1
         ratio = jax.lax.rsqrt(2 * jnp.where(certain, 1.0, relative))
         gamma = jnp.where(certain, 1.0, jax.scipy.special.erf(ratio))
-    return jnp.sign(mean) * gamma
+    return jnp.where(_is_zero(mean), 0.0, jnp.sign(mean) * gamma)
 
 
 def _relative_variance(
     mean: chex.Array, variance: chex.Array, multiplier: chex.Array
 ) -> chex.Array:
-    # Two divisions instead of one by mean²: the square would underflow first.
-    safe = jnp.where(mean == 0, 1.0, mean)
-    return multiplier.astype(mean.dtype) * (variance / safe / safe)
+    # The ratio of standard deviation and mean is squared, not their squares divided: once a
+    # gradient has vanished the mean decays, and its square would underflow to 0/0. (Dividing twice
+    # by the mean does not help, XLA rewrites that as a division by the square.) An infinite ratio
+    # is right: γ = 0. The inner `where`s keep derivatives through an update finite.
+    has_noise = variance > 0
+    deviation = jnp.where(has_noise, jnp.sqrt(jnp.where(has_noise, variance, 1.0)), 0.0)
+    ratio = deviation / jnp.where(_is_zero(mean), 1.0, mean)
+    return multiplier.astype(mean.dtype) * (ratio * ratio)
+
+
+def _is_zero(mean: chex.Array) -> chex.Array:
+    """Whether the mean is 0 or subnormal, which backends flush to 0 in some operations only."""
+    return jnp.abs(mean) < np.finfo(mean.dtype).tiny
 
 
 def from_moving_moments(

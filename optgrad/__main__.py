@@ -1,0 +1,22 @@
+"""The command ``optgrad``; ``python -m optgrad`` is the same."""
+
+import importlib
+import sys
+
+
+def main() -> None:
+    """Runs the command line, or says which extra it needs."""
+    try:
+        cli = importlib.import_module("optgrad.experiments.cli")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("optgrad"):
+            raise
+        sys.exit(
+            f"optgrad: the command line needs {error.name}, which is not installed; "
+            'install it with: pip install "optgrad[experiments]"'
+        )
+    cli.app()
+
+
+if __name__ == "__main__":
+    main()

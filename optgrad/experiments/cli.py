@@ -1,0 +1,242 @@
+"""The command line: ``optgrad list``, ``optgrad show NAME``, ``optgrad compare``."""
+
+import inspect
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.box
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import optgrad
+from optgrad import registry
+from optgrad.experiments import config as config_lib
+from optgrad.experiments import report
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+console = Console()
+errors = Console(stderr=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"optgrad {optgrad.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Optimizers that know about curvature, gradient variance and step size, compared fairly."""
+
+
+@app.command("list")
+def list_methods(
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+) -> None:
+    """List the registered optimizers."""
+    try:
+        found = registry.methods(family)
+    except ValueError as error:
+        raise _refuse(error) from None
+    table = Table(box=rich.box.SIMPLE)
+    for column in ("name", "family", "title", "needs", "state", "tunes"):
+        table.add_column(column, no_wrap=column == "name")
+    for method in found:
+        tunes = method.tunes.hyperparameter if method.tunes else "–"
+        state = f"{method.state_size:g} D"
+        needs = ", ".join(sorted(method.needs)) or "–"
+        table.add_row(method.name, method.family, method.title, needs, state, tunes)
+    console.print(table)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A name from 'optgrad list'.")]) -> None:
+    """Show one optimizer: equation, reference, arguments, extras."""
+    try:
+        method = registry.get_method(name)
+    except ValueError as error:
+        raise _refuse(error) from None
+    rows = {
+        "title": method.title,
+        "family": method.family,
+        "equation": method.equation,
+        "reference": method.reference,
+        "arguments": ", ".join(str(p).split(":")[0] + _default(p) for p in _parameters(method)),
+        "static": ", ".join(method.static_args) or "–",
+        "needs": "\n".join(f"{n}: {registry.EXTRAS[n]}" for n in sorted(method.needs)) or "–",
+        "tunes": _tunes(method),
+        "state": f"{method.state_size:g} vectors of parameter size",
+        "cost": f"{method.cost:g} gradient(s) per step",
+    }
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for key, value in rows.items():
+        table.add_row(key, value)
+    console.print(Panel(table, title=method.name, title_align="left"))
+    console.print(inspect.getdoc(method.factory), markup=False, highlight=False)
+
+
+def _parameters(method: registry.Method) -> list[inspect.Parameter]:
+    return list(method.hyperparameters.values())
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    default = parameter.default
+    if default is inspect.Parameter.empty:
+        return ""
+    return f"={default!r}" if isinstance(default, int | float | str | None) else "=…"
+
+
+def _tunes(method: registry.Method) -> str:
+    if method.tunes is None:
+        return "nothing"
+    return f"{method.tunes.hyperparameter} in [{method.tunes.low:g}, {method.tunes.high:g}]"
+
+
+@app.command()
+def compare(
+    config: Annotated[Path | None, typer.Option(help="A TOML file; default: digits.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="digits, mnist, cifar10, …")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
+    model: Annotated[str | None, typer.Option(help="mlp, mlp_small, cifar10_cnn, …")] = None,
+    optimizers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of a run.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Replications of the best rate.")] = None,
+    rates: Annotated[str | None, typer.Option(help="Rates to try, separated by commas.")] = None,
+    tuning: Annotated[str | None, typer.Option(help="search, grid or none.")] = None,
+    select_by: Annotated[str | None, typer.Option(help="validation_accuracy, …")] = None,
+    vectorize: Annotated[str | None, typer.Option(help="auto, vmap or map.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier results folder.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any field: FIELD=VALUE, repeatable.")
+    ] = None,
+) -> None:
+    """Tune, replicate and compare optimizers; the default is the paper's four on digits."""
+    overrides: dict[str, Any] = {
+        "dataset": dataset,
+        "data_dir": data_dir,
+        "model": model,
+        "optimizers": _split(optimizers),
+        "steps": steps,
+        "eval_every": eval_every,
+        "batch_size": batch_size,
+        "seeds": seeds,
+        "tuning.rates": _split(rates),
+        "tuning.protocol": tuning,
+        "tuning.select_by": select_by,
+        "vectorize": vectorize,
+        "output": output,
+    }
+    # Imported here: 'optgrad list' and a refused configuration need no data set and no figures.
+    from optgrad.experiments import data, results  # noqa: PLC0415
+
+    try:
+        overrides |= dict(config_lib.parse_override(text) for text in set_ or ())
+        settings = config_lib.load_config(config, overrides)
+        folder = settings.output or results.default_folder(settings)
+        results.check_destination(folder, overwrite=overwrite)
+        comparison = _run_with_progress(settings)
+        results.write(comparison, folder, overwrite=overwrite)
+    except (config_lib.ConfigError, data.DataError, results.ResultsError, ValueError) as error:
+        raise _refuse(error) from None
+    header, rows = report.table(comparison)
+    console.print(_table(header, rows, title=comparison.problem))
+    console.print(f"Results, curves and report: {folder}", highlight=False, soft_wrap=True)
+
+
+def _run_with_progress(settings: config_lib.CompareConfig) -> Any:
+    from optgrad.experiments import compare as compare_lib  # noqa: PLC0415
+
+    live = _LiveView(settings)
+    with Live(get_renderable=live.render, console=console, refresh_per_second=4, transient=True):
+        return compare_lib.run_comparison(settings, live.on_interval)
+
+
+class _LiveView:
+    """A progress bar with ETA over the optimizers, and the best result so far of each."""
+
+    def __init__(self, settings: config_lib.CompareConfig) -> None:
+        self.settings = settings
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("optimizers,"),
+            TimeElapsedColumn(),
+            TextColumn("elapsed, {task.fields[eta]} left, {task.fields[rate]}"),
+        )
+        count = len(settings.optimizers)
+        self.task = self.progress.add_task("compiling", total=count, eta="?", rate="")
+        self.best: dict[str, tuple[str, dict[str, Any]]] = {}
+        self.diverged: dict[str, set[tuple[str, float, int]]] = {}
+        self.done: list[str] = []
+        self.started = time.monotonic()
+        self.steps = 0
+
+    def on_interval(self, label: str, stage: str, record: Any) -> None:
+        """Takes note of one evaluation of one run."""
+        if label not in self.done:
+            self.done.append(label)  # its predecessors are finished
+        self.steps += self.settings.eval_every or 0 if record["step"] else 0
+        if record["diverged_at"]:
+            runs = self.diverged.setdefault(label, set())
+            runs.add((stage, float(record["value"]), int(record["seed"])))
+        before = self.best.get(label)
+        if before is None or not record["test_accuracy"] <= before[1]["test_accuracy"]:
+            self.best[label] = (stage, dict(record))
+        elapsed, finished = time.monotonic() - self.started, len(self.done) - 1
+        # Every optimizer does about the same work, so finished ones tell what is left.
+        left = elapsed / finished * (len(self.settings.optimizers) - finished) if finished else None
+        self.progress.update(
+            self.task,
+            completed=finished,
+            description=f"{label}: {stage} {record['value']:g}, seed {record['seed']}, "
+            f"step {record['step']}",
+            eta="?" if left is None else f"{left:.0f} s",
+            rate=f"{self.steps / max(elapsed, 1e-9):.0f} steps/s",
+        )
+
+    def render(self) -> Group:
+        """The view as it is now."""
+        header = ("optimizer", "stage", "rate", "step", "best test accuracy [%]", "diverged runs")
+        rows = [
+            [
+                label,
+                stage,
+                f"{record['value']:g}",
+                str(record["step"]),
+                f"{100 * record['test_accuracy']:.2f}",
+                str(len(self.diverged.get(label, ()))),
+            ]
+            for label, (stage, record) in self.best.items()
+        ]
+        return Group(_table(header, rows), self.progress)
+
+
+def _table(header: Any, rows: Any, title: str | None = None) -> Table:
+    table = Table(*header, title=title, box=rich.box.SIMPLE)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _split(text: str | None) -> list[Any] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _refuse(error: Exception) -> typer.Exit:
+    errors.print(f"optgrad: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(2)

@@ -1,0 +1,214 @@
+"""The configuration of a comparison: a pydantic model, read from TOML, overridden by flags."""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from optgrad import registry
+from optgrad.core import checks
+from optgrad.experiments import data, models
+
+DEFAULT_MODELS = {
+    "digits": "mlp_small",
+    "mnist": "mlp",
+    "fashion_mnist": "mlp",
+    "cifar10": "cifar10_cnn",
+    "cifar100": "all_cnn_c",
+}
+PAPER_METHODS = ("momentum", "adam", "m_ssd", "m_svag")
+_EVALUATIONS = 10  # per run, unless eval_every says otherwise
+
+
+class ConfigError(ValueError):
+    """A configuration that is refused; one line per field, naming it."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptimizerConfig(_Model):
+    """One optimizer of a comparison; in TOML either its name or a table with these fields."""
+
+    method: str
+    label: str = ""
+    hyperparams: dict[str, Any] = {}
+    rates: tuple[float, ...] | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+    @pydantic.model_validator(mode="after")
+    def _known(self) -> "OptimizerConfig":
+        method = registry.get_method(self.method)
+        for name in self.hyperparams:
+            method.check_hyperparameter(name)
+        if not self.label:
+            object.__setattr__(self, "label", self.method)
+        if self.rates is not None and (method.tunes is None or min(self.rates, default=0) <= 0):
+            accepted = "positive numbers" if method.tunes else f"none: {self.method} tunes nothing"
+            raise ValueError(f"rates = {list(self.rates)}; accepted: {accepted}")
+        return self
+
+
+class TuningConfig(_Model):
+    """How the tuned hyperparameter (nearly always the learning rate) is chosen.
+
+    ``"search"`` is the protocol of Balles & Hennig, appendix A.2: find the largest stable value,
+    then search downwards over ``decades`` at 6, 3 and 1 × 10^m. ``"grid"`` trains every value of
+    ``rates`` (default: the method's whole range) with every seed, in one batch of runs.
+    """
+
+    protocol: Literal["search", "grid", "none"] = "search"
+    rates: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    decades: Annotated[float, Field(gt=0)] = 2.0
+    seeds: PositiveInt = 1
+    select_by: Literal["validation_accuracy", "validation_loss", "test_accuracy", "test_loss"] = (
+        "validation_accuracy"
+    )
+
+
+class CompareConfig(_Model):
+    """Everything that determines the numbers of one comparison, and where they go."""
+
+    dataset: str = "digits"
+    data_dir: Path | None = None
+    model: str = ""
+    model_options: dict[str, Any] = {}
+    optimizers: Annotated[tuple[OptimizerConfig, ...], Field(min_length=1)] = tuple(
+        OptimizerConfig(method=name) for name in PAPER_METHODS
+    )
+    steps: PositiveInt = 1000
+    eval_every: PositiveInt | None = None
+    batch_size: PositiveInt = 64
+    seeds: PositiveInt = 5
+    augment: tuple[Literal["crop", "mirror"], ...] = ()
+    l2: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    validation: PositiveInt | Annotated[float, Field(ge=0, lt=1)] = 0.15
+    tuning: TuningConfig = TuningConfig()
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    vectorize: Literal["auto", "vmap", "map"] = "auto"
+    microbatch_size: PositiveInt | None = None
+    output: Path | None = None
+
+    @pydantic.field_validator("dataset")
+    @classmethod
+    def _known_dataset(cls, value: str) -> str:
+        checks.check_one_of("dataset", value, data.datasets())
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _resolved(self) -> "CompareConfig":
+        if not self.model:
+            object.__setattr__(self, "model", DEFAULT_MODELS[self.dataset])
+        checks.check_one_of("model", self.model, models.models())
+        if self.eval_every is None:
+            most = next(n for n in range(_EVALUATIONS, 0, -1) if self.steps % n == 0)
+            object.__setattr__(self, "eval_every", self.steps // most)
+        elif self.steps % self.eval_every:
+            raise ValueError(
+                f"steps = {self.steps} is not a multiple of eval_every = {self.eval_every}"
+            )
+        if self.tuning.protocol == "none":
+            for optimizer in self.optimizers:
+                method = registry.get_method(optimizer.method)
+                registry.check_hyperparams(method, optimizer.hyperparams)
+        labels = [optimizer.label for optimizer in self.optimizers]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"optimizers have the labels {labels}; accepted: distinct labels")
+        if not self.validation and self.tuning.select_by.startswith("validation"):
+            raise ValueError(
+                f"validation = 0 leaves nothing to select by {self.tuning.select_by}; "
+                "accepted: a positive validation, or tuning.select_by = 'test_accuracy'"
+            )
+        return self
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> CompareConfig:
+    """The configuration of a TOML file (or the default), with overrides by dotted field name.
+
+    Args:
+      path: a TOML file, or None for the defaults: the paper's four optimizers on digits.
+      overrides: e.g. ``{"steps": 200, "tuning.seeds": 2}``; None values are left out.
+
+    Raises:
+      ConfigError: names every refused field, its value and what is accepted.
+
+    Examples:
+      >>> load_config(overrides={"steps": 50, "tuning.protocol": "grid"}).tuning.protocol
+      'grid'
+      >>> load_config(overrides={"stepz": 50})
+      Traceback (most recent call last):
+      ...
+      optgrad.experiments.config.ConfigError: stepz = 50: no such field; did you mean 'steps'?
+    """
+    tree: dict[str, Any] = {}
+    where = ""
+    if path is not None:
+        where = f"{path}: "
+        try:
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}cannot be read as TOML: {error}") from error
+    for name, value in (overrides or {}).items():
+        if value is not None:
+            _set(tree, name.split("."), value)
+    try:
+        return CompareConfig.model_validate(tree)
+    except pydantic.ValidationError as error:
+        lines = (where + line for line in _messages(error))
+        raise ConfigError("\n".join(lines)) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``"tuning.seeds=2"`` as a field name and a value (TOML, or else a plain string).
+
+    Examples:
+      >>> parse_override("tuning.seeds=2"), parse_override("model=mlp")
+      (('tuning.seeds', 2), ('model', 'mlp'))
+    """
+    name, equals, value = text.partition("=")
+    if not (name.strip() and equals):
+        raise ConfigError(f"{text!r} is not an override; accepted: FIELD=VALUE")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{'.'.join(path)}: {part} is not a table")
+    tree[path[-1]] = value
+
+
+def _messages(error: pydantic.ValidationError) -> Iterable[str]:
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        field, given = ".".join(path), item["input"]
+        if item["type"] == "extra_forbidden":
+            fields = _fields(path[:-1])
+            near = checks.did_you_mean(path[-1], fields).split(" Accepted")[0]
+            yield f"{field} = {given!r}: no such field; {near}"
+        elif item["type"] == "value_error":
+            yield f"{field}: {item['ctx']['error']}" if field else str(item["ctx"]["error"])
+        else:
+            yield f"{field} = {given!r}: {item['msg']}"
+
+
+def _fields(path: list[str]) -> Iterable[str]:
+    if path[:1] == ["tuning"]:
+        return TuningConfig.model_fields
+    if path[:1] == ["optimizers"]:
+        return OptimizerConfig.model_fields
+    return CompareConfig.model_fields

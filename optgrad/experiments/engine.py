@@ -1,0 +1,288 @@
+"""The training loop: one compiled function that serves every run of a study.
+
+A *study* is a batch of runs of one optimizer: values of hyperparameters × seeds. All runs share
+one compilation of the training step, because hyperparameters and seeds are traced. They are either
+
+- ``"vmap"``-ed: all runs advance together in one program (accelerators, where a lone small network
+  leaves the hardware idle), or
+- ``"map"``-ped: one run after the other through the same compiled function (CPU, where the cores
+  are busy with one run already; `benchmarks/vectorization.py` shows the times).
+
+An evaluation interval is one `lax.scan`. There is one exception, which the engine makes itself: on
+CPU, XLA runs a convolution inside any loop many times slower than outside, so there a host loop
+drives one compiled step.
+
+Initialisation, batches and augmentation are functions of (seed, step) alone: a run gives the same
+numbers, up to float rounding, whatever runs beside it.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optgrad import registry
+from optgrad.core import checks, oracles
+from optgrad.experiments.problems import Problem
+
+VECTORIZE = ("auto", "vmap", "map")
+PROVIDED = frozenset(
+    {"params", "value", "grad", "value_fn", "per_example_grads", "gradient_variance"}
+)
+
+
+class Runs(NamedTuple):
+    """A batch of R runs: what differs between them."""
+
+    hyperparams: Mapping[str, np.ndarray]  # traced hyperparameters, each of shape [R]
+    seeds: np.ndarray  # integers [R]
+
+
+class RunState(NamedTuple):
+    """Where one run stands; under vmap with a leading axis of runs."""
+
+    params: Any
+    opt_state: Any
+    step: chex.Array  # steps taken, int32 ()
+    diverged_at: chex.Array  # first step (from 1) whose loss was not finite, 0 if none, int32 ()
+
+
+class History(NamedTuple):
+    """What R runs did, at E evaluations; NaN from an evaluation's divergence on."""
+
+    steps: np.ndarray  # [E], from 0
+    metrics: Mapping[str, np.ndarray]  # each [R, E]; train_loss, test_accuracy, …
+    diverged_at: np.ndarray  # [R], 0 for a run that did not diverge
+    seconds: float  # wall time of the training, compilation included
+
+
+OnInterval = Callable[[int, int, Mapping[str, float]], None]  # run, step, its metrics
+
+
+class Trainer:
+    """Trains batches of runs of one optimizer on one problem, compiling once.
+
+    Args:
+      problem: what to train on.
+      method: the optimizer's record; its ``needs`` decide what each step computes.
+      hyperparams: fixed hyperparameters, static ones among them.
+      eval_every: steps from one evaluation to the next.
+      vectorize: ``"auto"``, ``"vmap"`` or ``"map"``.
+      microbatch_size: per-example gradients held at once, for methods that need their variance.
+
+    Raises:
+      ValueError: if the method needs something that a minibatch problem does not have.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        method: registry.Method,
+        hyperparams: Mapping[str, Any] | None = None,
+        *,
+        eval_every: int,
+        vectorize: str = "auto",
+        microbatch_size: int | None = None,
+    ) -> None:
+        checks.check_one_of("vectorize", vectorize, VECTORIZE)
+        checks.check_in_range("eval_every", eval_every, 1)
+        if missing := method.needs - PROVIDED:
+            raise ValueError(
+                f"{method.name} needs {', '.join(sorted(missing))}, which the harness does not "
+                f"compute; accepted: methods that need any of {', '.join(sorted(PROVIDED))}"
+            )
+        on_cpu = jax.default_backend() == "cpu"
+        self.problem, self.method = problem, method
+        self.hyperparams = dict(hyperparams or {})
+        self.eval_every = eval_every
+        self.microbatch_size = microbatch_size
+        self.vectorize = ("map" if on_cpu else "vmap") if vectorize == "auto" else vectorize
+        self.scans = not (on_cpu and problem.has_convolutions)
+        over_runs = jax.vmap if self.vectorize == "vmap" else _not_vectorized
+        self._init = jax.jit(over_runs(self._init_run))
+        self._batches = jax.jit(over_runs(self._draw_batches, in_axes=(0, 0, None)))
+        # Donation lets XLA update parameters and averages in place.
+        self._interval = jax.jit(
+            over_runs(self._train_interval, in_axes=(0, 0, 0, None)), donate_argnums=0
+        )
+        self._step = jax.jit(
+            over_runs(self._train_step, in_axes=(0, 0, 0, None, None)), donate_argnums=0
+        )
+        self._evaluate = jax.jit(
+            over_runs(self._evaluate_split, in_axes=(0, None, None)), static_argnums=2
+        )
+        self._evaluate_one = jax.jit(
+            over_runs(problem.evaluate, in_axes=(0, None, None, None)), static_argnums=2
+        )
+        self._width: int | None = None
+
+    @property
+    def compilations(self) -> int:
+        """How often the training step has been compiled."""
+        return int((self._interval if self.scans else self._step)._cache_size())
+
+    def train(self, runs: Runs, steps: int, on_interval: OnInterval | None = None) -> History:
+        """Trains every run for ``steps`` steps, a multiple of ``eval_every``.
+
+        Args:
+          runs: hyperparameters and seeds, R of each.
+          steps: how many steps.
+          on_interval: called with (run, step, metrics) after every evaluation.
+        """
+        if steps % self.eval_every or steps < 1:
+            raise ValueError(
+                f"steps = {steps} is not a positive multiple of eval_every = {self.eval_every}"
+            )
+        started = time.perf_counter()
+        count = len(runs.seeds)
+        vmapped = self.vectorize == "vmap"
+        # The first batch of runs sets the width of the compiled program; later ones are padded.
+        self._width = (self._width or count) if vmapped else 1
+        records: list[list[dict[str, float]]] = [[] for _ in range(count)]
+        for first in range(0, count, self._width):
+            wave = [min(first + i, count - 1) for i in range(self._width)]
+            select = np.array(wave) if vmapped else first
+            chosen = Runs({k: v[select] for k, v in runs.hyperparams.items()}, runs.seeds[select])
+            self._train_wave(chosen, steps, wave, records, on_interval)
+        evaluations = np.arange(0, steps + 1, self.eval_every)
+        names = records[0][0].keys() - {"diverged_at"}
+        metrics = {name: np.array([[r[name] for r in run] for run in records]) for name in names}
+        diverged_at = np.array([int(run[-1]["diverged_at"]) for run in records])
+        return History(evaluations, metrics, diverged_at, time.perf_counter() - started)
+
+    # One wave of runs, on the host ------------------------------------------------------------
+
+    def _train_wave(
+        self,
+        runs: Runs,
+        steps: int,
+        wave: list[int],
+        records: list[list[dict[str, float]]],
+        on_interval: OnInterval | None,
+    ) -> None:
+        hyperparams = {k: jnp.asarray(v, jnp.float32) for k, v in runs.hyperparams.items()}
+        seeds = jnp.asarray(runs.seeds, jnp.uint32)
+        new = {run: row for row, run in enumerate(wave) if not records[run]}  # padding left out
+        state = self._init(hyperparams, seeds)
+        train_loss = jnp.full(seeds.shape, jnp.nan)
+        for step in range(0, steps + 1, self.eval_every):
+            if step:
+                state, train_loss = self._advance(state, hyperparams, seeds)
+            metrics = {"train_loss": train_loss, **self._evaluate_all(state.params)}
+            host = {k: np.atleast_1d(np.asarray(v, float)) for k, v in metrics.items()}
+            diverged_at = np.atleast_1d(np.asarray(state.diverged_at))
+            for run, row in new.items():
+                at = int(diverged_at[row])
+                record = {k: np.nan if at else float(v[row]) for k, v in host.items()}
+                records[run].append({**record, "diverged_at": at})
+                if on_interval:
+                    on_interval(run, step, records[run][-1])
+            if diverged_at.all():  # nothing more to learn: the rest of the rows stay NaN
+                for run in new:
+                    last = records[run][-1]
+                    records[run] += [last] * ((steps - step) // self.eval_every)
+                return
+
+    def _advance(
+        self, state: RunState, hyperparams: Any, seeds: chex.Array
+    ) -> tuple[RunState, chex.Array]:
+        """One evaluation interval, and the mean training loss over it."""
+        drawn = self._batches(state.step, seeds, self.problem.data)
+        if self.scans:
+            return self._interval(state, hyperparams, drawn, self.problem.data)
+        total = jnp.zeros(seeds.shape)
+        for index in range(self.eval_every):
+            state, loss = self._step(state, hyperparams, drawn, index, self.problem.data)
+            total += loss
+        return state, total / self.eval_every
+
+    def _evaluate_all(self, params: Any) -> dict[str, chex.Array]:
+        metrics = {}
+        for split, batches in self.problem.splits.items():
+            if self.scans:
+                sums = self._evaluate(params, self.problem.data, split)
+            else:
+                parts = [
+                    self._evaluate_one(params, self.problem.data, split, index)
+                    for index in range(batches)
+                ]
+                sums = jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *parts)
+            metrics |= {f"{split}_{k}": v / sums["count"] for k, v in sums.items() if k != "count"}
+        return metrics
+
+    # One run, inside jit ----------------------------------------------------------------------
+
+    def _optimizer(self, hyperparams: Any) -> optax.GradientTransformationExtraArgs:
+        return self.method.factory(**self.hyperparams, **hyperparams)
+
+    def _init_run(self, hyperparams: Any, seed: chex.Array) -> RunState:
+        init_key, _ = jax.random.split(jax.random.key(seed))
+        params = self.problem.init(init_key)
+        opt_state = self._optimizer(hyperparams).init(params)
+        zero = jnp.zeros((), jnp.int32)
+        return RunState(params, opt_state, step=zero, diverged_at=jnp.zeros_like(zero))
+
+    def _draw_batches(self, first_step: chex.Array, seed: chex.Array, data: Any) -> Any:
+        _, batch_key = jax.random.split(jax.random.key(seed))
+        return self.problem.batches(data, batch_key, first_step, self.eval_every)
+
+    def _train_interval(
+        self, state: RunState, hyperparams: Any, drawn: Any, data: Any
+    ) -> tuple[RunState, chex.Array]:
+        def step(state: RunState, one: Any) -> tuple[RunState, chex.Array]:
+            return self._update(state, hyperparams, self.problem.batch(data, one))
+
+        state, losses = jax.lax.scan(step, state, drawn)
+        return state, jnp.mean(losses)
+
+    def _train_step(
+        self, state: RunState, hyperparams: Any, drawn: Any, index: chex.Array, data: Any
+    ) -> tuple[RunState, chex.Array]:
+        one = jax.tree.map(lambda x: x[index], drawn)
+        return self._update(state, hyperparams, self.problem.batch(data, one))
+
+    def _update(self, state: RunState, hyperparams: Any, batch: Any) -> tuple[RunState, chex.Array]:
+        value, grad, extra = self._oracles(state.params, batch)
+        updates, opt_state = self._optimizer(hyperparams).update(
+            grad, state.opt_state, state.params, **extra
+        )
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        is_first = (state.diverged_at == 0) & ~jnp.isfinite(value)
+        diverged_at = jnp.where(is_first, step, state.diverged_at)
+        return RunState(params, opt_state, step, diverged_at), value
+
+    def _oracles(self, params: Any, batch: Any) -> tuple[chex.Array, Any, dict[str, Any]]:
+        """Loss, gradient, and exactly the extra arguments that the method needs."""
+        problem, needs = self.problem, self.method.needs
+        extra: dict[str, Any] = {}
+        if "gradient_variance" in needs:
+            value, grad, extra["gradient_variance"] = oracles.value_grad_and_variance(
+                problem.example_loss, params, batch, microbatch_size=self.microbatch_size
+            )
+        else:
+            value, grad = jax.value_and_grad(problem.loss)(params, batch)
+            if "per_example_grads" in needs:
+                extra["per_example_grads"] = oracles.per_example_grads(
+                    problem.example_loss, params, batch, microbatch_size=self.microbatch_size
+                )
+        available = {"value": value, "grad": grad, "value_fn": lambda p: problem.loss(p, batch)}
+        return value, grad, extra | {k: v for k, v in available.items() if k in needs}
+
+    def _evaluate_split(self, params: Any, data: Any, split: str) -> dict[str, chex.Array]:
+        def one(index: chex.Array) -> dict[str, chex.Array]:
+            return self.problem.evaluate(params, data, split, index)
+
+        sums = jax.lax.map(one, jnp.arange(self.problem.splits[split]))
+        return jax.tree.map(jnp.sum, sums)
+
+
+def _not_vectorized(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
+    del in_axes
+    return function

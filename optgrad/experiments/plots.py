@@ -1,0 +1,121 @@
+"""Pictures of a comparison: training curves over seeds, and sensitivity to the learning rate."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from optgrad.experiments import tuning
+from optgrad.experiments.compare import Comparison
+
+# Okabe & Ito's colours, distinguishable with colour-blindness; line styles repeat the distinction.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+_PANELS = (
+    ("train_loss", "training loss", True),
+    ("test_loss", "test loss", True),
+    ("test_accuracy", "test accuracy", False),
+)
+_STYLE: dict[str, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "grid.alpha": 0.25,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "optgrad",  # the same numbers give the same file
+}
+
+
+def figures(comparison: Comparison) -> dict[str, Figure]:
+    """File stem -> figure; ``sensitivity`` only where something was tuned."""
+    with mpl.rc_context(_STYLE):
+        drawn = {"curves": curves(comparison)}
+        if any(outcome.tuned.hyperparameter for outcome in comparison.outcomes):
+            drawn["sensitivity"] = sensitivity(comparison)
+        return drawn
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes SVG or PNG by the suffix, without a time stamp."""
+    with mpl.rc_context(_STYLE):
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(path, dpi=150, metadata=metadata)
+
+
+def curves(comparison: Comparison) -> Figure:
+    """Training loss, test loss and test accuracy: mean ± one standard deviation over seeds."""
+    figure = Figure(figsize=(11, 3.6))
+    figure.suptitle(f"{comparison.problem}: mean ± sd over seeds")
+    axes = figure.subplots(1, len(_PANELS))
+    for axis, (metric, title, logarithmic) in zip(axes, _PANELS, strict=True):
+        lowest_start = np.inf
+        for index, outcome in enumerate(comparison.outcomes):
+            final = outcome.tuned.final
+            if final is None or (final.history.diverged_at > 0).all():
+                continue
+            values = final.history.metrics[metric][final.history.diverged_at == 0]
+            steps = final.history.steps
+            shown = np.isfinite(values).all(axis=0)  # no training loss before the first step
+            steps, values = steps[shown], values[:, shown]
+            mean = values.mean(axis=0)
+            sd = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
+            label = _label(outcome)
+            axis.plot(steps, mean, label=label, **_look(index))
+            axis.fill_between(steps, mean - sd, mean + sd, color=_look(index)["color"], alpha=0.2)
+            lowest_start = min(lowest_start, mean[min(1, len(mean) - 1)])
+        if logarithmic:
+            axis.set_yscale("log")
+        elif np.isfinite(lowest_start):  # the first evaluation, before training, says little
+            axis.set_ylim(bottom=max(0.0, lowest_start - 0.05))
+            axis.axhline(comparison.target_accuracy, color="0.6", linewidth=0.8, linestyle=":")
+        axis.set(xlabel="step", title=title)
+    axes[-1].legend(loc="lower right")
+    return figure
+
+
+def sensitivity(comparison: Comparison) -> Figure:
+    """The selection metric that each tried learning rate reached, averaged over tuning seeds."""
+    select_by = comparison.config.tuning.select_by
+    figure = Figure(figsize=(5.5, 3.8))
+    axis: Axes = figure.subplots()
+    for index, outcome in enumerate(comparison.outcomes):
+        stage = next((s for s in outcome.tuned.stages if s.name == "tuning"), None)
+        if stage is None:
+            continue
+        by_value = tuning.scores(stage, select_by)
+        points = sorted((v, abs(s)) for v, s in by_value.items() if np.isfinite(s))
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4,
+                      label=outcome.config.label, **_look(index))  # fmt: skip
+        if outcome.tuned.best is not None:
+            best = outcome.tuned.best
+            axis.plot(best, abs(by_value[best]), "o", markersize=10, fillstyle="none",
+                      color=_look(index)["color"])  # fmt: skip
+    axis.set_xscale("log")
+    if select_by.endswith("loss"):
+        axis.set_yscale("log")
+    axis.set(
+        xlabel="learning rate (or what the method tunes)",
+        ylabel=f"best {select_by.replace('_', ' ')}",
+        title=f"{comparison.problem}: sensitivity",
+    )
+    axis.legend()
+    return figure
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[index % len(_COLOURS)],
+        "linestyle": _STYLES[index % len(_STYLES)],
+        "linewidth": 1.5,
+    }
+
+
+def _label(outcome: Any) -> str:
+    best = outcome.tuned.best
+    return outcome.config.label if best is None else f"{outcome.config.label} ({best:g})"

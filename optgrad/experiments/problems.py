@@ -1,0 +1,218 @@
+"""What the engine trains: a `Problem` is data on the device and pure functions of it.
+
+The engine never looks inside: it draws ``batches``, builds each ``batch``, differentiates ``loss``
+and sums up ``evaluate``. All of them run inside jit and under vmap.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from optgrad.core import checks
+from optgrad.experiments import data as data_lib
+from optgrad.experiments import models
+
+AUGMENTATIONS = ("crop", "mirror")
+_CROP_PADDING = 4  # pixels on each side
+
+
+class Batch(NamedTuple):
+    """A minibatch of examples, normalised."""
+
+    images: chex.Array  # float32 [B, H, W, C]
+    labels: chex.Array  # int32 [B]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A training problem.
+
+    Attributes:
+      name: for reports.
+      data: pytree of arrays, handed to every function below (never a compiled-in constant).
+      init: key -> parameters.
+      batches: (data, key, first_step, num_steps) -> what identifies the batches of those steps, a
+        pytree with leading axis num_steps; a function of key and step alone.
+      batch: (data, one of these) -> the batch itself, leading axis B on every leaf.
+      loss: (parameters, batch) -> mean loss.
+      example_loss: (parameters, one example of a batch) -> its loss; `loss` is the mean of these.
+      splits: evaluation split -> number of batches in which it is evaluated.
+      evaluate: (parameters, data, split, index) -> sums over one evaluation batch, by metric, and
+        under ``"count"`` the number of examples.
+      has_convolutions: whether the loss convolves (see `engine`).
+    """
+
+    name: str
+    data: Any
+    init: Callable[[chex.PRNGKey], Any]
+    batches: Callable[[Any, chex.PRNGKey, chex.Numeric, int], Any]
+    batch: Callable[[Any, Any], Any]
+    loss: Callable[[Any, Any], chex.Array]
+    example_loss: Callable[[Any, Any], chex.Array]
+    splits: Mapping[str, int]
+    evaluate: Callable[[Any, Any, str, chex.Numeric], dict[str, chex.Array]]
+    has_convolutions: bool = False
+
+
+def image_classification(
+    dataset: data_lib.Dataset,
+    model: str,
+    *,
+    batch_size: int,
+    augment: Sequence[str] = (),
+    l2: float = 0.0,
+    model_options: Mapping[str, Any] | None = None,
+    evaluation_batch: int = 1000,
+) -> Problem:
+    r"""Cross-entropy of a network on images, with L2 regularisation of the weights.
+
+    .. math::
+      L(\theta) = \frac1B\sum_k -\log p_\theta(y_k | x_k) + \frac{\lambda}{2}\sum_{W}\|W\|^2
+
+    over the weights W (arrays of two or more axes), not the biases. The images stay uint8 on the
+    device; each batch is gathered, normalised to zero mean and unit variance per channel, and
+    augmented inside the compiled step. Every epoch is a new permutation of the training images,
+    of which the last incomplete batch is left out.
+
+    Args:
+      dataset: with or without a validation split; without one, only ``"test"`` is evaluated.
+      model: a name from `models.models`.
+      batch_size: examples per step, at most the number of training images.
+      augment: any of ``"crop"`` (random crop after padding by 4 pixels), ``"mirror"``.
+      l2: λ ≥ 0.
+      model_options: further arguments of the network.
+      evaluation_batch: images evaluated at once.
+
+    Returns:
+      The problem; its metrics are ``loss`` (cross-entropy without the L2 term) and ``accuracy``.
+    """
+    count = len(dataset.train.labels)
+    if not 1 <= batch_size <= count:
+        raise ValueError(f"batch_size = {batch_size} is outside its range [1, {count}]")
+    checks.check_in_range("l2", l2, 0.0, high_open=True)
+    for name in augment:
+        checks.check_one_of("augment", name, AUGMENTATIONS)
+
+    def build(key: chex.PRNGKey) -> tuple[Any, Any]:
+        options = dict(model_options or {})
+        rngs = nnx.Rngs(key)
+        module = models.create_model(
+            model, dataset.image_shape, dataset.num_classes, rngs, **options
+        )
+        graph, params = nnx.split(module, nnx.Param)
+        return graph, params
+
+    graph, _ = build(jax.random.key(0))
+    splits = {
+        name: (jnp.asarray(examples.images), jnp.asarray(examples.labels))
+        for name, examples in (("validation", dataset.validation), ("test", dataset.test))
+        if len(examples.labels)
+    }
+    device_data = {
+        "train": (jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)),
+        "mean": jnp.asarray(dataset.mean),
+        "scale": jnp.asarray(1 / np.maximum(dataset.std, 1e-6)),
+        **splits,
+    }
+
+    def normalise(data: Any, images: chex.Array) -> chex.Array:
+        return (images.astype(jnp.float32) - data["mean"]) * data["scale"]
+
+    def batches(
+        data: Any, key: chex.PRNGKey, first_step: chex.Numeric, num_steps: int
+    ) -> tuple[chex.Array, chex.PRNGKey]:
+        order_key, augment_key = jax.random.split(key)
+        steps = first_step + jnp.arange(num_steps)
+        indices = epoch_indices(order_key, steps, num_steps, count, batch_size)
+        return indices, jax.vmap(lambda step: jax.random.fold_in(augment_key, step))(steps)
+
+    def batch(data: Any, drawn: tuple[chex.Array, chex.PRNGKey]) -> Batch:
+        indices, key = drawn
+        images, labels = (array[indices] for array in data["train"])
+        return Batch(augment_images(key, normalise(data, images), augment), labels)
+
+    def cross_entropy(params: Any, examples: Batch) -> tuple[chex.Array, chex.Array]:
+        logits = nnx.merge(graph, params)(examples.images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels), logits
+
+    def loss(params: Any, examples: Batch) -> chex.Array:
+        value = jnp.mean(cross_entropy(params, examples)[0])
+        if l2:
+            weights = [w for w in jax.tree.leaves(params) if w.ndim > 1]
+            value += 0.5 * l2 * sum(jnp.sum(w * w) for w in weights)
+        return value
+
+    def example_loss(params: Any, example: Batch) -> chex.Array:
+        return loss(params, jax.tree.map(lambda x: x[None], example))
+
+    def evaluate(params: Any, data: Any, split: str, index: chex.Numeric) -> dict[str, chex.Array]:
+        images, labels = data[split]
+        rows = index * evaluation_batch + jnp.arange(evaluation_batch)
+        inside = rows < len(labels)  # the last batch repeats the last image with weight 0
+        rows = jnp.minimum(rows, len(labels) - 1)
+        examples = Batch(normalise(data, images[rows]), labels[rows])
+        losses, logits = cross_entropy(params, examples)
+        correct = jnp.argmax(logits, axis=-1) == examples.labels
+        return {
+            "loss": jnp.sum(jnp.where(inside, losses, 0.0)),
+            "accuracy": jnp.sum(jnp.where(inside, correct, False).astype(jnp.float32)),
+            "count": jnp.sum(inside).astype(jnp.float32),
+        }
+
+    return Problem(
+        name=f"{model} on {dataset.name}",
+        data=device_data,
+        init=lambda key: build(key)[1],
+        batches=batches,
+        batch=batch,
+        loss=loss,
+        example_loss=example_loss,
+        splits={k: -(-len(labels) // evaluation_batch) for k, (_, labels) in splits.items()},
+        evaluate=evaluate,
+        has_convolutions=models.models()[model].has_convolutions,
+    )
+
+
+def epoch_indices(
+    key: chex.PRNGKey, steps: chex.Array, num_steps: int, count: int, batch_size: int
+) -> chex.Array:
+    """Rows [num_steps, batch_size] of the training set for consecutive steps.
+
+    Each epoch is a permutation that depends on the key and the epoch's number alone, so the rows
+    of a step do not depend on the interval that asks for them.
+    """
+    per_epoch = count // batch_size
+    first_epoch = steps[0] // per_epoch
+    num_epochs = (num_steps - 1) // per_epoch + 2  # an interval may begin inside an epoch
+
+    def permutation(epoch: chex.Array) -> chex.Array:
+        return jax.random.permutation(jax.random.fold_in(key, epoch), count)
+
+    orders = jax.vmap(permutation)(first_epoch + jnp.arange(num_epochs))
+    columns = (steps % per_epoch)[:, None] * batch_size + jnp.arange(batch_size)
+    return orders[(steps // per_epoch - first_epoch)[:, None], columns]
+
+
+def augment_images(key: chex.PRNGKey, images: chex.Array, augment: Sequence[str]) -> chex.Array:
+    """Randomly shifted and mirrored images [B, H, W, C], each on its own; zeros come in."""
+    crop_key, mirror_key = jax.random.split(key)
+    if "crop" in augment:
+        pad = _CROP_PADDING
+        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        offsets = jax.random.randint(crop_key, (len(images), 2), 0, 2 * pad + 1)
+        images = jax.vmap(
+            lambda image, offset: jax.lax.dynamic_slice(
+                image, (offset[0], offset[1], 0), images.shape[1:]
+            )
+        )(padded, offsets)
+    if "mirror" in augment:
+        flip = jax.random.bernoulli(mirror_key, 0.5, (len(images), 1, 1, 1))
+        images = jnp.where(flip, images[:, :, ::-1], images)
+    return images

@@ -1,0 +1,123 @@
+"""The comparison in words and tables, as Markdown."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optgrad.experiments.compare import Comparison
+
+_COLUMNS = ("optimizer", "best rate", "test accuracy [%]", "test loss", "training loss",
+            "steps to target", "seeds")  # fmt: skip
+
+
+def table(comparison: Comparison) -> tuple[Sequence[str], list[list[str]]]:
+    """Header and rows of the summary, formatted."""
+    rows = [
+        [
+            record["optimizer"],
+            _rate(record),
+            mean_sd(record, "test_accuracy", 100.0, 2),
+            mean_sd(record, "test_loss", 1.0, 4),
+            mean_sd(record, "train_loss", 1.0, 4),
+            "–" if record["steps_to_target"] is None else f"{record['steps_to_target']:g}",
+            _seeds(record),
+        ]
+        for record in comparison.summary()
+    ]
+    return _COLUMNS, rows
+
+
+def _rate(record: Mapping[str, Any]) -> str:
+    if not record["tuned"]:
+        return "not tuned"
+    if record["best"] is None:
+        return "none stable"
+    return f"{record['best']:g}" + (" (edge)" if record["at_edge"] else "")
+
+
+def _seeds(record: Mapping[str, Any]) -> str:
+    diverged = f" ({record['diverged']} diverged)" if record["diverged"] else ""
+    return f"{record['seeds']}{diverged}"
+
+
+def mean_sd(record: Mapping[str, Any], name: str, scale: float, digits: int) -> str:
+    """``mean ± sd`` of a summary's metric; a dash where there is none."""
+    mean, sd = record[f"{name}_mean"], record[f"{name}_sd"]
+    if mean is None:
+        return "–"
+    spread = "" if sd is None else f" ± {scale * sd:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{spread}"
+
+
+def markdown(comparison: Comparison, environment: Mapping[str, str]) -> str:
+    """The report: table, pictures, what was done, with what."""
+    config = comparison.config
+    header, rows = table(comparison)
+    lines = [
+        f"# {comparison.problem}: {len(rows)} optimizers compared",
+        "",
+        _markdown_table(header, rows),
+        "",
+        f"Mean ± standard deviation over seeds, after {config.steps} steps of batch size "
+        f"{config.batch_size}. Steps to target: median over seeds of the first evaluation (every "
+        f"{config.eval_every} steps) with a test accuracy of at least "
+        f"{100 * comparison.target_accuracy:.2f} %; a dash where most seeds never reach it. "
+        "Training loss: mean over the minibatches since the last evaluation"
+        + (", with the L2 term." if config.l2 else "."),
+        "",
+        "![curves](curves.svg)",
+        "",
+    ]
+    if any(outcome.tuned.hyperparameter for outcome in comparison.outcomes):
+        lines += ["![sensitivity](sensitivity.svg)", ""]
+    lines += ["## How the rates were chosen", "", *_protocol(comparison), ""]
+    lines += ["## Cost", ""]
+    lines += [
+        f"- {outcome.config.label}: {outcome.seconds:.1f} s of training and evaluation in "
+        f"{sum(len(s.seeds) for s in outcome.tuned.stages)} runs, "
+        f"{outcome.compilations} compilation(s) of the training step"
+        for outcome in comparison.outcomes
+    ]
+    lines += ["", "## Environment", ""]
+    lines += [f"- {name}: {value}" for name, value in environment.items()]
+    lines += ["", "Repeat it, in this folder:", "", "```", _command(), "```", ""]
+    return "\n".join(lines)
+
+
+def _protocol(comparison: Comparison) -> list[str]:
+    tuning = comparison.config.tuning
+    lines = []
+    if tuning.protocol == "search":
+        lines.append(
+            "The largest stable value was searched from the top of the method's range (stable: "
+            f"after {comparison.config.eval_every} steps the loss is lower than at the start), "
+            f"then {tuning.decades:g} decades below it were searched at 6, 3, 1 × 10^m with "
+            f"{tuning.seeds} seed(s) (Balles & Hennig, appendix A.2). The final seeds are others."
+        )
+    elif tuning.protocol == "grid":
+        lines.append("Every value of the grid was trained with every seed.")
+    if tuning.protocol != "none":
+        lines.append(f"Chosen by the best {tuning.select_by.replace('_', ' ')} reached.")
+        if tuning.select_by.startswith("test"):
+            lines.append("**Chosen on the test set: the final numbers are optimistic.**")
+    if any(o.tuned.hyperparameter and o.tuned.at_edge for o in comparison.outcomes):
+        lines.append("(edge): the best value is the last one tried; a better one may lie beyond.")
+    for outcome in comparison.outcomes:
+        diverged = [
+            f"{value:g} (step {at})"
+            for stage in outcome.tuned.stages
+            for value, at in zip(stage.values, stage.history.diverged_at, strict=True)
+            if at
+        ]
+        if diverged:
+            lines.append(f"{outcome.config.label} diverged at: {', '.join(diverged)}.")
+    return lines or ["Nothing was tuned."]
+
+
+def _command() -> str:
+    return shlex.join(["optgrad", "compare", "--config", "config.toml"])
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,134 @@
+"""The results folder of a comparison: written whole or not at all.
+
+``config.toml`` (resolved: the same command again), ``metrics.csv`` (every run at every evaluation),
+``summary.csv``, ``environment.json``, ``curves`` and ``sensitivity`` as SVG and PNG, ``report.md``.
+"""
+
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tomli_w
+
+import optgrad
+from optgrad.experiments import plots, report
+from optgrad.experiments.compare import Comparison
+from optgrad.experiments.config import CompareConfig
+
+_MARKER = "config.toml"  # a folder with it was written by optgrad
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+
+
+class ResultsError(RuntimeError):
+    """A results folder that cannot or may not be written."""
+
+
+def check_destination(folder: Path, *, overwrite: bool) -> None:
+    """Raises before any work if the results could not be written to ``folder`` afterwards.
+
+    Raises:
+      ResultsError: if it exists (unless it holds results and ``overwrite`` is set), or its parent
+        cannot be written to.
+    """
+    if folder.exists():
+        is_results = folder.is_dir() and (folder / _MARKER).is_file()
+        is_empty = folder.is_dir() and not any(folder.iterdir())
+        if not is_empty and not (overwrite and is_results):
+            remedy = "--overwrite replaces it" if is_results else "it was not written by optgrad"
+            raise ResultsError(f"output = {folder} exists already; {remedy}, or choose another")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise ResultsError(f"output = {folder} cannot be written: {error}") from error
+
+
+def default_folder(config: CompareConfig) -> Path:
+    """``results/<data set>-<time>``, below the current folder."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("results") / f"{config.dataset}-{now}"
+
+
+def write(comparison: Comparison, folder: Path, *, overwrite: bool = False) -> None:
+    """Writes the results folder: prepared beside its place, then renamed into it."""
+    check_destination(folder, overwrite=overwrite)
+    prepared = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        prepared.chmod(0o755)
+        _write_files(comparison, prepared)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            os.replace(folder, old / "results")
+            os.replace(prepared, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(prepared, folder)
+    except OSError as error:
+        raise ResultsError(f"output = {folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(prepared, ignore_errors=True)
+
+
+def _write_files(comparison: Comparison, folder: Path) -> None:
+    config = comparison.config.model_dump(mode="json", exclude_none=True)
+    config.pop("output", None)
+    (folder / _MARKER).write_text(tomli_w.dumps(config), encoding="utf-8")
+    rows = [
+        {"optimizer": outcome.config.label, **row}
+        for outcome in comparison.outcomes
+        for stage in outcome.tuned.stages
+        for row in stage.rows()
+    ]
+    _write_csv(folder / "metrics.csv", rows)
+    _write_csv(folder / "summary.csv", comparison.summary())
+    environment = json.dumps(describe_environment(), indent=2)
+    (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
+    for name, figure in plots.figures(comparison).items():
+        for suffix in ("svg", "png"):
+            plots.save(figure, folder / f"{name}.{suffix}")
+    text = report.markdown(comparison, describe_environment())
+    (folder / "report.md").write_text(text, encoding="utf-8")
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions, device and source revision that the numbers were measured with."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    device = jax.devices()[0]
+    return {
+        "optgrad": optgrad.__version__,
+        "revision": _revision(),
+        **versions,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}, {os.cpu_count()} cores",
+        "device": f"{device.platform} {device.device_kind}",
+    }
+
+
+def _revision() -> str:
+    """The git revision of the package's source, where it is a checkout."""
+    here = Path(optgrad.__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()

@@ -104,7 +104,7 @@ def _tunes(method: registry.Method) -> str:
 
 
 @app.command()
-def compare(
+def compare(  # noqa: PLR0917  typer reads the options from the signature
     config: Annotated[Path | None, typer.Option(help="A TOML file; default: digits.")] = None,
     dataset: Annotated[str | None, typer.Option(help="digits, mnist, cifar10, …")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,

@@ -101,7 +101,7 @@ def final_metric(outcome: Outcome, name: str) -> np.ndarray:
     final = outcome.tuned.final
     if final is None:
         return np.empty(0)
-    return final.history.metrics[name][final.history.diverged_at == 0, -1]
+    return np.asarray(final.history.metrics[name][final.history.diverged_at == 0, -1])
 
 
 def _summary(outcome: Outcome, target: float) -> dict[str, Any]:

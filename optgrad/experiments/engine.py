@@ -125,7 +125,8 @@ class Trainer:
     @property
     def compilations(self) -> int:
         """How often the training step has been compiled."""
-        return int((self._interval if self.scans else self._step)._cache_size())
+        compiled: Any = self._interval if self.scans else self._step
+        return int(compiled._cache_size())
 
     def train(self, runs: Runs, steps: int, on_interval: OnInterval | None = None) -> History:
         """Trains every run for ``steps`` steps, a multiple of ``eval_every``.
@@ -195,7 +196,8 @@ class Trainer:
         """One evaluation interval, and the mean training loss over it."""
         drawn = self._batches(state.step, seeds, self.problem.data)
         if self.scans:
-            return self._interval(state, hyperparams, drawn, self.problem.data)
+            state, train_loss = self._interval(state, hyperparams, drawn, self.problem.data)
+            return state, train_loss
         total = jnp.zeros(seeds.shape)
         for index in range(self.eval_every):
             state, loss = self._step(state, hyperparams, drawn, index, self.problem.data)
@@ -203,7 +205,7 @@ class Trainer:
         return state, total / self.eval_every
 
     def _evaluate_all(self, params: Any) -> dict[str, chex.Array]:
-        metrics = {}
+        metrics: dict[str, chex.Array] = {}
         for split, batches in self.problem.splits.items():
             if self.scans:
                 sums = self._evaluate(params, self.problem.data, split)
@@ -279,8 +281,8 @@ class Trainer:
         def one(index: chex.Array) -> dict[str, chex.Array]:
             return self.problem.evaluate(params, data, split, index)
 
-        sums = jax.lax.map(one, jnp.arange(self.problem.splits[split]))
-        return jax.tree.map(jnp.sum, sums)
+        parts = jax.lax.map(one, jnp.arange(self.problem.splits[split]))
+        return {name: jnp.sum(values) for name, values in parts.items()}
 
 
 def _not_vectorized(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:

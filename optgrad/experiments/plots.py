@@ -19,7 +19,7 @@ _PANELS = (
     ("test_loss", "test loss", True),
     ("test_accuracy", "test accuracy", False),
 )
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -71,7 +71,7 @@ def curves(comparison: Comparison) -> Figure:
         if logarithmic:
             axis.set_yscale("log")
         elif np.isfinite(lowest_start):  # the first evaluation, before training, says little
-            axis.set_ylim(bottom=max(0.0, lowest_start - 0.05))
+            axis.set_ylim(max(0.0, lowest_start - 0.05), min(1.0, axis.get_ylim()[1]))
             axis.axhline(comparison.target_accuracy, color="0.6", linewidth=0.8, linestyle=":")
         axis.set(xlabel="step", title=title)
     axes[-1].legend(loc="lower right")

@@ -90,7 +90,7 @@ def _protocol(comparison: Comparison) -> list[str]:
     if tuning.protocol == "search":
         lines.append(
             "The largest stable value was searched from the top of the method's range (stable: "
-            f"after {comparison.config.eval_every} steps the loss is lower than at the start), "
+            f"over {comparison.config.eval_every} steps the loss stays below that at the start), "
             f"then {tuning.decades:g} decades below it were searched at 6, 3, 1 × 10^m with "
             f"{tuning.seeds} seed(s) (Balles & Hennig, appendix A.2). The final seeds are others."
         )

@@ -126,8 +126,8 @@ def tune(
     if protocol == "grid":
         stage = run("tuning", candidates, range(seeds), steps)
         best, at_edge = _select(stage, select_by)
-        final = None if best is None else _runs_at(stage, best)
-        return Tuned(tunable.hyperparameter, best, at_edge, (stage,), final)
+        at_best = None if best is None else _runs_at(stage, best)
+        return Tuned(tunable.hyperparameter, best, at_edge, (stage,), at_best)
 
     # The largest stable value: one interval each. One at a time from the top where runs go one
     # after the other anyway, all together where they share a program.
@@ -156,10 +156,11 @@ def tune(
 
 
 def _is_stable(stage: Stage) -> np.ndarray:
-    """Which runs ended with a lower loss than they began with."""
-    split = "validation_loss" if "validation_loss" in stage.history.metrics else "test_loss"
-    loss = stage.history.metrics[split]
-    return (stage.history.diverged_at == 0) & (loss[:, -1] < loss[:, 0])
+    """Which runs stayed below the loss they began with: at the end, and on average on the way."""
+    metrics = stage.history.metrics
+    loss = metrics.get("validation_loss", metrics["test_loss"])
+    below = np.maximum(loss[:, -1], metrics["train_loss"][:, -1]) < loss[:, 0]
+    return np.asarray(below & (stage.history.diverged_at == 0))
 
 
 def scores(stage: Stage, select_by: str) -> dict[float, float]:

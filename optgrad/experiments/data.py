@@ -354,7 +354,8 @@ def load(
     if name == "digits":
         return _load_digits()
     source = _SOURCES[name]
-    urls = _mirror_urls(source, mirrors)
+    if mirrors is not None:
+        _mirror_urls(source, mirrors)  # refused even where the files are at hand
     misses: list[str] = []
     for title, place in _places(data_dir):
         found = _files_in(place, source)
@@ -362,7 +363,8 @@ def load(
             break
         misses.append(f"{title} {place}: {found}")
     else:
-        found = _download(source, _user_cache(), urls if download else (), misses)
+        urls = _mirror_urls(source, mirrors) if download else ()
+        found = _download(source, _user_cache(), urls, misses)
     if data_dir is not None and misses:  # data_dir is the first place, so it was the first miss
         folder = next(iter(found.values())).parent
         warnings.warn(f"{name} is not in {misses[0]}; using {folder}", stacklevel=2)

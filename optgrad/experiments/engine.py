@@ -228,7 +228,7 @@ class Trainer:
         params = self.problem.init(init_key)
         opt_state = self._optimizer(hyperparams).init(params)
         zero = jnp.zeros((), jnp.int32)
-        return RunState(params, opt_state, step=zero, diverged_at=jnp.zeros_like(zero))
+        return _strongly_typed(RunState(params, opt_state, zero, diverged_at=jnp.zeros_like(zero)))
 
     def _draw_batches(self, first_step: chex.Array, seed: chex.Array, data: Any) -> Any:
         _, batch_key = jax.random.split(jax.random.key(seed))
@@ -258,7 +258,7 @@ class Trainer:
         step = state.step + 1
         is_first = (state.diverged_at == 0) & ~jnp.isfinite(value)
         diverged_at = jnp.where(is_first, step, state.diverged_at)
-        return RunState(params, opt_state, step, diverged_at), value
+        return _strongly_typed(RunState(params, opt_state, step, diverged_at)), value
 
     def _oracles(self, params: Any, batch: Any) -> tuple[chex.Array, Any, dict[str, Any]]:
         """Loss, gradient, and exactly the extra arguments that the method needs."""
@@ -283,6 +283,12 @@ class Trainer:
 
         parts = jax.lax.map(one, jnp.arange(self.problem.splits[split]))
         return {name: jnp.sum(values) for name, values in parts.items()}
+
+
+def _strongly_typed(state: RunState) -> RunState:
+    """The state without weak types, which some optax states gain or lose: each would recompile."""
+    typed: RunState = jax.tree.map(lambda x: x.astype(x.dtype), state)
+    return typed
 
 
 def _not_vectorized(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:

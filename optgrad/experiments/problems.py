@@ -100,16 +100,17 @@ def image_classification(
     for name in augment:
         checks.check_one_of("augment", name, AUGMENTATIONS)
 
-    def build(key: chex.PRNGKey) -> tuple[Any, Any]:
-        options = dict(model_options or {})
-        rngs = nnx.Rngs(key)
-        module = models.create_model(
-            model, dataset.image_shape, dataset.num_classes, rngs, **options
+    def build(key: chex.PRNGKey) -> nnx.Module:
+        return models.create_model(
+            model,
+            dataset.image_shape,
+            dataset.num_classes,
+            nnx.Rngs(key),
+            **dict(model_options or {}),
         )
-        graph, params = nnx.split(module, nnx.Param)
-        return graph, params
 
-    graph, _ = build(jax.random.key(0))
+    # The structure alone, without drawing weights; options that do not fit are refused here.
+    graph, _ = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))), nnx.Param)
     splits = {
         name: (jnp.asarray(examples.images), jnp.asarray(examples.labels))
         for name, examples in (("validation", dataset.validation), ("test", dataset.test))
@@ -169,7 +170,7 @@ def image_classification(
     return Problem(
         name=f"{model} on {dataset.name}",
         data=device_data,
-        init=lambda key: build(key)[1],
+        init=lambda key: nnx.split(build(key), nnx.Param)[1],
         batches=batches,
         batch=batch,
         loss=loss,

@@ -1,0 +1,60 @@
+"""Settings of every test: eight simulated CPU devices, 64-bit floats on request, hypothesis."""
+
+# ruff: noqa: E402  the environment is set before jax is imported
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+# Before jax starts its backend; the sharding tests need the devices, the others do not mind.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import pytest
+
+import optgrad
+
+EFFICIENCY = "efficiency"  # the key under which a test records a row of that table
+
+hypothesis.settings.register_profile("optgrad", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "optgrad")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit floats, for the duration of one test."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the efficiency table; writes it where ``OPTGRAD_EFFICIENCY_TABLE`` says."""
+    rows = [
+        value
+        for report in itertools.chain(*terminalreporter.stats.values())
+        for key, value in getattr(report, "user_properties", ())
+        if key == EFFICIENCY and getattr(report, "when", None) == "call"
+    ]
+    if not rows:
+        return
+    order = {method.name: i for i, method in enumerate(optgrad.methods())}
+    rows.sort(key=lambda row: order.get(row["method"], len(order)))
+    terminalreporter.section("efficiency of one donated step, 100 leaves", sep="-")
+    columns = list(rows[0])
+    widths = [max(len(c), *(len(str(row[c])) for row in rows)) for c in columns]
+    for line in (columns, *([str(row[c]) for c in columns] for row in rows)):
+        terminalreporter.write_line(
+            "  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True))
+        )
+    if path := os.environ.get("OPTGRAD_EFFICIENCY_TABLE"):
+        Path(path).write_text(json.dumps(rows, indent=2) + "\n")

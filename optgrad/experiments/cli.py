@@ -10,7 +10,14 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 import optgrad
@@ -47,15 +54,15 @@ def list_methods(
         found = registry.methods(family)
     except ValueError as error:
         raise _refuse(error) from None
-    table = Table(box=rich.box.SIMPLE)
-    for column in ("name", "family", "title", "needs", "state", "tunes"):
-        table.add_column(column, no_wrap=column == "name")
-    for method in found:
-        tunes = method.tunes.hyperparameter if method.tunes else "–"
-        state = f"{method.state_size:g} D"
-        needs = ", ".join(sorted(method.needs)) or "–"
-        table.add_row(method.name, method.family, method.title, needs, state, tunes)
-    console.print(table)
+    for name in dict.fromkeys(method.family for method in found):
+        table = Table(title=name, title_justify="left", box=rich.box.SIMPLE)
+        for column in ("name", "title", "needs", "state", "tunes"):
+            table.add_column(column, no_wrap=column in {"name", "state", "tunes"})
+        for method in (m for m in found if m.family == name):
+            tunes = method.tunes.hyperparameter if method.tunes else "–"
+            needs = ", ".join(sorted(method.needs)) or "–"
+            table.add_row(method.name, method.title, needs, f"{method.state_size:g} D", tunes)
+        console.print(table)
 
 
 @app.command()
@@ -83,7 +90,8 @@ def show(name: Annotated[str, typer.Argument(help="A name from 'optgrad list'.")
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(Panel(table, title=method.name, title_align="left"))
-    console.print(inspect.getdoc(method.factory), markup=False, highlight=False)
+    text = inspect.getdoc(method.factory)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _parameters(method: registry.Method) -> list[inspect.Parameter]:
@@ -166,47 +174,45 @@ def _run_with_progress(settings: config_lib.CompareConfig) -> Any:
 
 
 class _LiveView:
-    """A progress bar with ETA over the optimizers, and the best result so far of each."""
+    """A progress bar with ETA over all steps, and the best result so far of each optimizer."""
 
     def __init__(self, settings: config_lib.CompareConfig) -> None:
         self.settings = settings
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("optimizers,"),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("elapsed, {task.fields[eta]} left, {task.fields[rate]}"),
+            TextColumn("elapsed,"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("left, {task.fields[rate]:.0f} steps/s"),
         )
-        count = len(settings.optimizers)
-        self.task = self.progress.add_task("compiling", total=count, eta="?", rate="")
+        self.expected = [config_lib.expected_steps(settings, o) for o in settings.optimizers]
+        self.task = self.progress.add_task("compiling", total=sum(self.expected), rate=0.0)
         self.best: dict[str, tuple[str, dict[str, Any]]] = {}
         self.diverged: dict[str, set[tuple[str, float, int]]] = {}
-        self.done: list[str] = []
         self.started = time.monotonic()
         self.steps = 0
 
     def on_interval(self, label: str, stage: str, record: Any) -> None:
         """Takes note of one evaluation of one run."""
-        if label not in self.done:
-            self.done.append(label)  # its predecessors are finished
-        self.steps += self.settings.eval_every or 0 if record["step"] else 0
+        interval = (self.settings.eval_every or 0) if record["step"] else 0
+        self.steps += interval
+        if label not in self.best:  # its predecessors are finished, whatever they were expected
+            self.best[label] = (stage, dict(record))
+            completed = sum(self.expected[: len(self.best) - 1])
+            self.progress.update(self.task, completed=completed)
         if record["diverged_at"]:
             runs = self.diverged.setdefault(label, set())
             runs.add((stage, float(record["value"]), int(record["seed"])))
-        before = self.best.get(label)
-        if before is None or not record["test_accuracy"] <= before[1]["test_accuracy"]:
+        if not record["test_accuracy"] <= self.best[label][1]["test_accuracy"]:
             self.best[label] = (stage, dict(record))
-        elapsed, finished = time.monotonic() - self.started, len(self.done) - 1
-        # Every optimizer does about the same work, so finished ones tell what is left.
-        left = elapsed / finished * (len(self.settings.optimizers) - finished) if finished else None
         self.progress.update(
             self.task,
-            completed=finished,
+            advance=interval,
             description=f"{label}: {stage} {record['value']:g}, seed {record['seed']}, "
             f"step {record['step']}",
-            eta="?" if left is None else f"{left:.0f} s",
-            rate=f"{self.steps / max(elapsed, 1e-9):.0f} steps/s",
+            rate=self.steps / max(time.monotonic() - self.started, 1e-9),
         )
 
     def render(self) -> Group:

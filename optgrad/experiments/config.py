@@ -1,5 +1,6 @@
 """The configuration of a comparison: a pydantic model, read from TOML, overridden by flags."""
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -81,7 +82,7 @@ class CompareConfig(_Model):
     data_dir: Path | None = None
     model: str = ""
     model_options: dict[str, Any] = {}
-    optimizers: Annotated[tuple[OptimizerConfig, ...], Field(min_length=1)] = tuple(
+    optimizers: tuple[OptimizerConfig, ...] = tuple(
         OptimizerConfig(method=name) for name in PAPER_METHODS
     )
     steps: PositiveInt = 1000
@@ -119,6 +120,8 @@ class CompareConfig(_Model):
             for optimizer in self.optimizers:
                 method = registry.get_method(optimizer.method)
                 registry.check_hyperparams(method, optimizer.hyperparams)
+        if not self.optimizers:
+            raise ValueError("optimizers = []; accepted: at least one")
         labels = [optimizer.label for optimizer in self.optimizers]
         if len(set(labels)) < len(labels):
             raise ValueError(f"optimizers have the labels {labels}; accepted: distinct labels")
@@ -128,6 +131,20 @@ class CompareConfig(_Model):
                 "accepted: a positive validation, or tuning.select_by = 'test_accuracy'"
             )
         return self
+
+
+def expected_steps(config: CompareConfig, optimizer: OptimizerConfig) -> int:
+    """About how many training steps an optimizer will take, for progress bars."""
+    tunable = registry.get_method(optimizer.method).tunes
+    if config.tuning.protocol == "none" or tunable is None:
+        return config.steps * config.seeds
+    rates = optimizer.rates or config.tuning.rates
+    if config.tuning.protocol == "grid":
+        decades = math.log10(tunable.high / tunable.low)
+        return config.steps * config.seeds * (len(rates) if rates else round(3 * decades) + 1)
+    tried = len(rates) if rates else round(3 * config.tuning.decades) + 1
+    trials = 3 * (config.eval_every or 0)  # values found unstable, one interval each
+    return trials + config.steps * (tried * config.tuning.seeds + config.seeds)
 
 
 def load_config(
@@ -201,7 +218,8 @@ def _messages(error: pydantic.ValidationError) -> Iterable[str]:
             near = checks.did_you_mean(path[-1], fields).split(" Accepted")[0]
             yield f"{field} = {given!r}: no such field; {near}"
         elif item["type"] == "value_error":
-            yield f"{field}: {item['ctx']['error']}" if field else str(item["ctx"]["error"])
+            text = str(item["ctx"]["error"])
+            yield text if not field or text.startswith(field) else f"{field}: {text}"
         else:
             yield f"{field} = {given!r}: {item['msg']}"
 

@@ -50,6 +50,11 @@ class OptimizerConfig(_Model):
         method = registry.get_method(self.method)
         for name in self.hyperparams:
             method.check_hyperparameter(name)
+        tuned = {method.tunes.hyperparameter: method.tunes.low} if method.tunes else {}
+        try:  # a value that the method refuses is found here and not after hours of training
+            method.factory(**{**tuned, **self.hyperparams})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"hyperparams = {self.hyperparams}: {error}") from error
         if not self.label:
             object.__setattr__(self, "label", self.method)
         if self.rates is not None and (method.tunes is None or min(self.rates, default=0) <= 0):

@@ -165,8 +165,9 @@ for _method in (
         title="Adadelta",
         reference=SLIDES,
         equation="θ ← θ − √(Δ + ε)/√(G + ε)·g, averages G of g² and Δ of the squared steps",
+        needs=frozenset({"params"}),
         tunes=_rate(1e-2, 1e2),
-        test_hyperparams={"learning_rate": 10.0},
+        test_hyperparams={"learning_rate": 1.0, "eps": 3e-4},
         state_size=2,
     ),
     Method(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import checks
+from optgrad.core import checks, transforms
 
 # What `update` may take beyond gradients, state and parameters' values: one vocabulary for all.
 EXTRAS: Mapping[str, str] = {
@@ -175,7 +175,8 @@ def inject(name: str, **hyperparams: Any) -> optax.GradientTransformationExtraAr
     Each hyperparameter may be a schedule (a callable of the step count), and those that are
     numbers can be read and set in ``state.hyperparams``. The method's static arguments are
     handled, integers given for real hyperparameters become floats, and values are kept in
-    float32 at least (optax would round a decay of 0.999 to 1 for bfloat16 parameters).
+    float32 at least (optax would round a decay of 0.999 to 1 for bfloat16 parameters). Updates
+    still have their parameter's type, and the state keeps its types.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optgrad
@@ -216,7 +217,8 @@ def inject(name: str, **hyperparams: Any) -> optax.GradientTransformationExtraAr
     ) -> tuple[optax.Updates, optax.OptState]:
         optimizer = injected(updates if params is None else params)
         new_updates, new_state = optimizer.update(updates, state, params, **extra)
-        return new_updates, new_state
+        like = updates if params is None else params
+        return transforms.cast_like(new_updates, like), transforms.cast_like(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -129,7 +129,9 @@ def value_grad_and_variance(
         return jnp.mean(values), *_mean_and_squares(grads)
 
     whole = size - size % chunk
-    head = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), batch)
+    head = jax.tree.map(
+        lambda x: x[:whole].reshape(whole // chunk, chunk, *x.shape[1:]), batch
+    )
 
     def accumulate(carry: tuple[Any, Any], examples: chex.ArrayTree) -> tuple[Any, None]:
         count, so_far = carry

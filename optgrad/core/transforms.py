@@ -38,8 +38,12 @@ def with_learning_rate(
 
 
 def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
-    """``tree`` with each leaf in the type of its counterpart in ``like``."""
-    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+    """``tree`` with each floating-point leaf in the type of its counterpart in ``like``."""
+
+    def cast(x: chex.Array, y: chex.Array) -> chex.Array:
+        return x.astype(jnp.result_type(y)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast, tree, like)
 
 
 def hyperparameter_at(value: Any, count: chex.Array) -> chex.Array:

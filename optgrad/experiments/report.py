@@ -80,7 +80,8 @@ def markdown(comparison: Comparison, environment: Mapping[str, str]) -> str:
     ]
     lines += ["", "## Environment", ""]
     lines += [f"- {name}: {value}" for name, value in environment.items()]
-    lines += ["", "Repeat it, in this folder:", "", "```", _command(), "```", ""]
+    lines += ["", "Repeat it, in this folder (with --data-dir if need be):", "", "```"]
+    lines += [_command(), "```", ""]
     return "\n".join(lines)
 
 

@@ -83,7 +83,8 @@ def write(comparison: Comparison, folder: Path, *, overwrite: bool = False) -> N
 
 def _write_files(comparison: Comparison, folder: Path) -> None:
     config = comparison.config.model_dump(mode="json", exclude_none=True)
-    config.pop("output", None)
+    for place in ("output", "data_dir"):  # where things lie on this machine determines no number
+        config.pop(place, None)
     (folder / _MARKER).write_text(tomli_w.dumps(config), encoding="utf-8")
     rows = [
         {"optimizer": outcome.config.label, **row}

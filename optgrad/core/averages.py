@@ -64,8 +64,12 @@ def sample_weights(count: chex.Array, decay: chex.Numeric) -> SampleWeights:
       0.1900 0.5263 0.4737
     """
     dtype = scalar_dtype()
+    tiny = np.finfo(dtype).tiny  # β = 0 is a decay like another, but has no logarithm
+    if isinstance(decay, jax.Array):
+        log_beta = jnp.log(jnp.maximum(decay.astype(dtype), tiny))
+    else:  # in double precision, where 1 − β and log β agree however close β is to 1
+        log_beta = jnp.asarray(np.log(max(float(decay), float(tiny))), dtype)
     beta, fresh = jnp.asarray(decay, dtype), jnp.asarray(1 - decay, dtype)
-    log_beta = jnp.log(jnp.maximum(beta, np.finfo(dtype).tiny))  # β = 0 is a decay like another
     past = -beta * jnp.expm1((count - 1) * log_beta)  # β(1 − βᵗ⁻¹), 0 at the first sample
     return _weights(past, fresh)
 
@@ -78,7 +82,9 @@ def constant_sample_weights(decay: chex.Numeric) -> SampleWeights:
 
 def _weights(past: chex.Array, fresh: chex.Array) -> SampleWeights:
     total = past + fresh
-    has_past = past > 0
+    # A past below the unit roundoff counts as none: its coefficient would enlarge the rounding of
+    # x − m, which is 0 in exact arithmetic.
+    has_past = past > np.finfo(total.dtype).eps * total
     deviation = jnp.where(has_past, fresh / jnp.where(has_past, past, 1.0), 0.0)
     return SampleWeights(total, fresh / total, past / total, deviation)
 

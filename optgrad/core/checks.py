@@ -9,6 +9,9 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+import numpy as np
+
 
 def check_in_range(
     name: str,
@@ -42,19 +45,16 @@ def check_in_range(
       ...
       ValueError: beta = 1.0 is outside its range [0, 1)
     """
-    if isinstance(value, bool) or value is None or isinstance(value, str | bytes):
-        raise TypeError(f"{name} = {value!r} is not a number; {_interval(**_bounds(locals()))}")
-    if not isinstance(value, numbers.Real):
+    accepted = _interval(low, high, low_open, high_open)
+    if callable(value) or isinstance(value, jax.Array | np.ndarray):
         return
-    number = float(value)
-    above = number > low if low_open else number >= low
-    below = number < high if (high_open or high == math.inf) else number <= high
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} = {value!r} is not a number; accepted: {accepted}")
+    number: Any = value  # compared as it is: a large integer has no float
+    above = number > low if low_open or low == -math.inf else number >= low
+    below = number < high if high_open or high == math.inf else number <= high
     if not (above and below):
-        raise ValueError(f"{name} = {value} is outside its range {_interval(**_bounds(locals()))}")
-
-
-def _bounds(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {key: arguments[key] for key in ("low", "high", "low_open", "high_open")}
+        raise ValueError(f"{name} = {value} is outside its range {accepted}")
 
 
 def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:

@@ -80,7 +80,7 @@ def gradient_variance(per_example_grads: optax.Updates) -> optax.Updates:
     size = batch_size(per_example_grads, "per_example_grads")
     _check_enough(size, "per_example_grads")
     _, squares = _mean_and_squares(per_example_grads)
-    return jax.tree.map(lambda m2: m2 / (size * (size - 1)), squares)
+    return _variance_of_mean(squares, size)
 
 
 def value_grad_and_variance(
@@ -126,27 +126,34 @@ def value_grad_and_variance(
 
     def moments(examples: chex.ArrayTree) -> tuple[chex.Array, optax.Updates, optax.Updates]:
         values, grads = value_and_grad(params, examples)
-        return jnp.mean(values), *_mean_and_squares(grads)
-
-    whole = size - size % chunk
-    head = jax.tree.map(
-        lambda x: x[:whole].reshape(whole // chunk, chunk, *x.shape[1:]), batch
-    )
+        value = jnp.mean(values.astype(averages.average_dtype(values)))
+        return value, *_mean_and_squares(grads)
 
     def accumulate(carry: tuple[Any, Any], examples: chex.ArrayTree) -> tuple[Any, None]:
         count, so_far = carry
         return (count + chunk, _merge(count, so_far, chunk, moments(examples))), None
 
-    total = moments(jax.tree.map(lambda x: x[0], head))
-    if whole > chunk:
-        start = (jnp.asarray(chunk, averages.scalar_dtype()), total)
-        (_, total), _ = jax.lax.scan(accumulate, start, jax.tree.map(lambda x: x[1:], head))
+    whole = size - size % chunk
+    if whole == chunk:  # no loop: XLA on CPU is slow at convolutions in one
+        total = moments(jax.tree.map(lambda x: x[:chunk], batch))
+    else:
+        head = jax.tree.map(lambda x: x[:whole].reshape(whole // chunk, chunk, *x.shape[1:]), batch)
+        shapes = jax.eval_shape(moments, jax.tree.map(lambda x: x[0], head))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        start = (jnp.zeros((), averages.scalar_dtype()), nothing)
+        (_, total), _ = jax.lax.scan(accumulate, start, head)
     if whole < size:
         tail = jax.tree.map(lambda x: x[whole:], batch)
         total = _merge(whole, total, size - whole, moments(tail))
     value, mean, squares = total
     grad = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), mean, params)
-    return value, grad, jax.tree.map(lambda m2: m2 / (size * (size - 1)), squares)
+    return value, grad, _variance_of_mean(squares, size)
+
+
+def _variance_of_mean(squares: optax.Updates, size: int) -> optax.Updates:
+    """Sums of squared deviations over B(B−1); a float, since B² may exceed an int32."""
+    pairs = float(size * (size - 1))
+    return jax.tree.map(lambda m2: m2 / pairs, squares)
 
 
 def _mean_and_squares(grads: optax.Updates) -> tuple[optax.Updates, optax.Updates]:

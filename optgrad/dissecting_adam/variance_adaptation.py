@@ -114,7 +114,7 @@ def adapt_sign(
     if factor == "adam":
         gamma = jax.lax.rsqrt(1 + relative)
     else:
-        certain = relative == 0  # erf(∞) = 1
+        certain = relative < 1e-4  # erf is 1 there in every precision
         ratio = jax.lax.rsqrt(2 * jnp.where(certain, 1.0, relative))
         gamma = jnp.where(certain, 1.0, jax.scipy.special.erf(ratio))
     return jnp.where(_is_zero(mean), 0.0, jnp.sign(mean) * gamma)
@@ -126,16 +126,37 @@ def _relative_variance(
     # The ratio of standard deviation and mean is squared, not their squares divided: once a
     # gradient has vanished the mean decays, and its square would underflow to 0/0. (Dividing twice
     # by the mean does not help, XLA rewrites that as a division by the square.) An infinite ratio
-    # is right: γ = 0. The inner `where`s keep derivatives through an update finite.
+    # is right: γ = 0.
+    # For derivatives *through* an update (meta-learning), which would overflow on the way, η² is
+    # taken as constant where the mean is tiny or the ratio huge; the inner `where`s serve the same.
+    info = np.finfo(mean.dtype)
     has_noise = variance > 0
     deviation = jnp.where(has_noise, jnp.sqrt(jnp.where(has_noise, variance, 1.0)), 0.0)
+    size = jnp.abs(mean)
+    constant = (size < info.tiny**0.5) | (deviation > size * (info.max**0.5 / 16))
+    deviation = jnp.where(constant, jax.lax.stop_gradient(deviation), deviation)
+    mean = jnp.where(constant, jax.lax.stop_gradient(mean), mean)
     ratio = deviation / jnp.where(_is_zero(mean), 1.0, mean)
-    return multiplier.astype(mean.dtype) * (ratio * ratio)
+    square = jnp.where(constant, jax.lax.stop_gradient(ratio * ratio), ratio * ratio)
+    return multiplier.astype(mean.dtype) * square
 
 
 def _is_zero(mean: chex.Array) -> chex.Array:
     """Whether the mean is 0 or subnormal, which backends flush to 0 in some operations only."""
     return jnp.abs(mean) < np.finfo(mean.dtype).tiny
+
+
+def _directions(
+    direction: Direction, multiplier: chex.Array, like: optax.Updates, *trees: optax.Updates
+) -> optax.Updates:
+    """``direction`` of every leaf, computed in at least float32, in the types of ``like``."""
+
+    def one(*leaves: chex.Array) -> chex.Array:
+        dtype = jnp.result_type(jnp.float32, *leaves[1:])  # that of the averages
+        gradient, mean, variance = (leaf.astype(dtype) for leaf in leaves)
+        return direction(gradient, mean, variance, multiplier)
+
+    return transforms.cast_like(jax.tree.map(one, *trees), like)
 
 
 def from_moving_moments(
@@ -172,10 +193,8 @@ def from_moving_moments(
         multiplier = variance_multiplier(
             weights, decay, momentum=momentum, unbiased=variance == "unbiased"
         )
-        directions = jax.tree.map(
-            lambda g, m, v: direction(g, m, v, multiplier), updates, state.mean, state.variance
-        )
-        return transforms.cast_like(directions, updates if params is None else params), state
+        like = updates if params is None else params
+        return _directions(direction, multiplier, like, updates, state.mean, state.variance), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -214,11 +233,9 @@ def from_minibatch_variance(
         momentum = averages.update_sum(state.momentum, updates, decay)
         variance = averages.update_sum(state.variance, estimate, decay * decay)
         one = jnp.ones((), averages.scalar_dtype())
-        directions = jax.tree.map(
-            lambda g, r, s: direction(g, r, s, one), updates, momentum, variance
-        )
         state = MinibatchVarianceState(optax.safe_increment(state.count), momentum, variance)
-        return transforms.cast_like(directions, updates if params is None else params), state
+        like = updates if params is None else params
+        return _directions(direction, one, like, updates, momentum, variance), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -37,7 +37,7 @@ def x64() -> Iterator[None]:
     jax.config.update("jax_enable_x64", before)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter):
     """Prints the efficiency table; writes it where ``OPTGRAD_EFFICIENCY_TABLE`` says."""
     rows = [
         value

@@ -1,0 +1,1 @@
+"""What the families share, against slow explicit implementations."""

@@ -1,0 +1,1 @@
+"""Balles & Hennig: every algorithm box followed step by step, the options, the paper's claims."""

@@ -1,0 +1,63 @@
+"""The whole pipeline on the real images: minutes, hence in CI's slow stage."""
+
+import numpy as np
+import pytest
+
+from optgrad.experiments import compare, config
+
+pytestmark = pytest.mark.slow
+
+
+def test_mnist_is_learned_with_one_compilation_per_optimizer(real_data_dir):
+    """The committed configuration, shortened: 4 optimizers tuned and replicated on 60,000 images."""
+    settings = config.load_config(
+        "configs/dissecting_adam_mnist.toml",
+        {
+            "data_dir": real_data_dir,
+            "steps": 100,
+            "eval_every": 50,
+            "seeds": 2,
+            "model_options": {"hidden": (100, 50)},
+            "target_accuracy": 0.9,
+        },
+    )
+    comparison = compare.run_comparison(settings)
+    assert [outcome.compilations for outcome in comparison.outcomes] == [1, 1, 1, 1]
+    for record in comparison.summary():
+        assert record["test_accuracy_mean"] > 0.9, record
+        assert record["diverged"] == 0
+        assert record["steps_to_target"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "options"),
+    [
+        ("cifar10", "cifar10_cnn", {"channels": [8, 8, 8], "hidden": [32, 16]}),
+        ("cifar100", "all_cnn_c", {"width": 4}),
+    ],
+)
+def test_convolutions_learn_cifar(real_data_dir, dataset, model, options):
+    """A narrow network, a host loop over compiled steps: the loss falls below that of chance."""
+    settings = config.load_config(
+        overrides={
+            "dataset": dataset,
+            "data_dir": real_data_dir,
+            "model": model,
+            "model_options": options,
+            "optimizers": ["adam"],
+            "tuning.protocol": "grid",
+            "tuning.rates": [3e-3],
+            "steps": 60,
+            "eval_every": 60,
+            "batch_size": 32,
+            "seeds": 2,
+            "validation": 0.02,
+            "augment": ["crop", "mirror"],
+        }
+    )
+    (outcome,) = compare.run_comparison(settings).outcomes
+    loss = outcome.tuned.final.history.metrics["test_loss"]
+    chance = np.log({"cifar10": 10, "cifar100": 100}[dataset])
+    assert outcome.compilations == 1
+    assert np.all(loss[:, -1] < loss[:, 0])
+    assert np.all(loss[:, -1] < chance)

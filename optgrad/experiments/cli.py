@@ -1,6 +1,7 @@
 """The command line: ``optgrad list``, ``optgrad show NAME``, ``optgrad compare``."""
 
 import inspect
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +40,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Optimizers that know about curvature, gradient variance and step size, compared fairly."""
@@ -57,7 +61,8 @@ def list_methods(
     for name in dict.fromkeys(method.family for method in found):
         table = Table(title=name, title_justify="left", box=rich.box.SIMPLE)
         for column in ("name", "title", "needs", "state", "tunes"):
-            table.add_column(column, no_wrap=column in {"name", "state", "tunes"})
+            no_wrap = column in {"name", "state", "tunes"}
+            table.add_column(column, no_wrap=no_wrap, overflow="fold")
         for method in (m for m in found if m.family == name):
             tunes = method.tunes.hyperparameter if method.tunes else "–"
             needs = ", ".join(sorted(method.needs)) or "–"
@@ -158,7 +163,13 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
         results.check_destination(folder, overwrite=overwrite)
         comparison = _run_with_progress(settings)
         results.write(comparison, folder, overwrite=overwrite)
-    except (config_lib.ConfigError, data.DataError, results.ResultsError, ValueError) as error:
+    except (
+        config_lib.ConfigError,
+        data.DataError,
+        results.ResultsError,
+        ValueError,
+        ImportError,
+    ) as error:
         raise _refuse(error) from None
     header, rows = report.table(comparison)
     console.print(_table(header, rows, title=comparison.problem))
@@ -190,7 +201,7 @@ class _LiveView:
         self.expected = [config_lib.expected_steps(settings, o) for o in settings.optimizers]
         self.task = self.progress.add_task("compiling", total=sum(self.expected), rate=0.0)
         self.best: dict[str, tuple[str, dict[str, Any]]] = {}
-        self.diverged: dict[str, set[tuple[str, float, int]]] = {}
+        self.diverged: dict[str, set[tuple[str, str, int]]] = {}
         self.started = time.monotonic()
         self.steps = 0
 
@@ -204,8 +215,9 @@ class _LiveView:
             self.progress.update(self.task, completed=completed)
         if record["diverged_at"]:
             runs = self.diverged.setdefault(label, set())
-            runs.add((stage, float(record["value"]), int(record["seed"])))
-        if not record["test_accuracy"] <= self.best[label][1]["test_accuracy"]:
+            runs.add((stage, f"{record['value']:g}", int(record["seed"])))
+        best = self.best[label][1]["test_accuracy"]
+        if record["test_accuracy"] > best or math.isnan(best):
             self.best[label] = (stage, dict(record))
         self.progress.update(
             self.task,

@@ -41,7 +41,11 @@ class Comparison:
 def run_comparison(config: CompareConfig, on_interval: OnInterval | None = None) -> Comparison:
     """Loads the data, then tunes and replicates each optimizer in turn."""
     problem = load_problem(config)
-    outcomes = [_run_one(config, problem, one, on_interval) for one in config.optimizers]
+    trainers = [_trainer(config, problem, one) for one in config.optimizers]  # refuses all first
+    outcomes = [
+        _run_one(config, trainer, one, on_interval)
+        for trainer, one in zip(trainers, config.optimizers, strict=True)
+    ]
     target = config.target_accuracy
     if target is None:  # what counts as "there": 99 % of the best final mean
         finals = [final_metric(outcome, "test_accuracy") for outcome in outcomes]
@@ -53,7 +57,10 @@ def load_problem(config: CompareConfig) -> problems.Problem:
     """The configured data set and network."""
     dataset = data.load(config.dataset, config.data_dir)
     if config.validation:
-        dataset = dataset.split_validation(config.validation)
+        try:
+            dataset = dataset.split_validation(config.validation)
+        except ValueError as error:
+            raise ValueError(f"validation = {config.validation}: {error}") from error
     return problems.image_classification(
         dataset,
         config.model,
@@ -64,14 +71,11 @@ def load_problem(config: CompareConfig) -> problems.Problem:
     )
 
 
-def _run_one(
-    config: CompareConfig,
-    problem: problems.Problem,
-    optimizer: OptimizerConfig,
-    on_interval: OnInterval | None,
-) -> Outcome:
-    method = registry.get_method(optimizer.method)
+def _trainer(
+    config: CompareConfig, problem: problems.Problem, optimizer: OptimizerConfig
+) -> Trainer:
     assert config.eval_every is not None  # resolved by the configuration
+    method = registry.get_method(optimizer.method)
     trainer = Trainer(
         problem,
         method,
@@ -80,12 +84,30 @@ def _run_one(
         vectorize=config.vectorize,
         microbatch_size=config.microbatch_size,
     )
-    is_fixed = method.tunes is None or method.tunes.hyperparameter in optimizer.hyperparams
+    tuned = _tuned(config, optimizer)
+    trainer.check([tuned] if tuned else [])
+    return trainer
+
+
+def _tuned(config: CompareConfig, optimizer: OptimizerConfig) -> str | None:
+    """The hyperparameter that is tuned: none if it is fixed, or there is none."""
+    tunable = registry.get_method(optimizer.method).tunes
+    if tunable is None or config.tuning.protocol == "none":
+        return None
+    return None if tunable.hyperparameter in optimizer.hyperparams else tunable.hyperparameter
+
+
+def _run_one(
+    config: CompareConfig,
+    trainer: Trainer,
+    optimizer: OptimizerConfig,
+    on_interval: OnInterval | None,
+) -> Outcome:
     tuned = tuning.tune(
         trainer,
         steps=config.steps,
         seeds=config.seeds,
-        protocol="none" if is_fixed else config.tuning.protocol,
+        protocol=config.tuning.protocol if _tuned(config, optimizer) else "none",
         rates=optimizer.rates or config.tuning.rates,
         decades=config.tuning.decades,
         tuning_seeds=config.tuning.seeds,

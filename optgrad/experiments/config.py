@@ -1,13 +1,14 @@
 """The configuration of a comparison: a pydantic model, read from TOML, overridden by flags."""
 
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 from optgrad import registry
 from optgrad.core import checks
@@ -28,6 +29,19 @@ class ConfigError(ValueError):
     """A configuration that is refused; one line per field, naming it."""
 
 
+PositiveInt = Annotated[int, Field(strict=True, gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _distinct(rates: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    if rates is not None and (not rates or len(set(rates)) < len(rates)):
+        raise ValueError(f"rates = {list(rates)}; accepted: distinct positive numbers")
+    return rates
+
+
+Rates = Annotated[tuple[PositiveFloat, ...] | None, pydantic.AfterValidator(_distinct)]
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,7 +52,7 @@ class OptimizerConfig(_Model):
     method: str
     label: str = ""
     hyperparams: dict[str, Any] = {}
-    rates: tuple[float, ...] | None = None
+    rates: Rates = None
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -57,9 +71,12 @@ class OptimizerConfig(_Model):
             raise ValueError(f"hyperparams = {self.hyperparams}: {error}") from error
         if not self.label:
             object.__setattr__(self, "label", self.method)
-        if self.rates is not None and (method.tunes is None or min(self.rates, default=0) <= 0):
-            accepted = "positive numbers" if method.tunes else f"none: {self.method} tunes nothing"
-            raise ValueError(f"rates = {list(self.rates)}; accepted: {accepted}")
+        elif not self.label.strip():
+            raise ValueError(f"label = {self.label!r} is blank; accepted: any text")
+        if self.rates and (method.tunes is None or method.tunes.hyperparameter in self.hyperparams):
+            raise ValueError(
+                f"rates = {list(self.rates)}; accepted: none, {self.label} has nothing to tune"
+            )
         return self
 
 
@@ -72,8 +89,8 @@ class TuningConfig(_Model):
     """
 
     protocol: Literal["search", "grid", "none"] = "search"
-    rates: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    decades: Annotated[float, Field(gt=0)] = 2.0
+    rates: Rates = None
+    decades: Annotated[float, Field(gt=0, le=12)] = 2.0
     seeds: PositiveInt = 1
     select_by: Literal["validation_accuracy", "validation_loss", "test_accuracy", "test_loss"] = (
         "validation_accuracy"
@@ -96,7 +113,9 @@ class CompareConfig(_Model):
     seeds: PositiveInt = 5
     augment: tuple[Literal["crop", "mirror"], ...] = ()
     l2: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    validation: PositiveInt | Annotated[float, Field(ge=0, lt=1)] = 0.15
+    validation: (
+        Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(strict=True, ge=0, lt=1)]
+    ) = 0.15
     tuning: TuningConfig = TuningConfig()
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     vectorize: Literal["auto", "vmap", "map"] = "auto"
@@ -114,6 +133,11 @@ class CompareConfig(_Model):
         if not self.model:
             object.__setattr__(self, "model", DEFAULT_MODELS[self.dataset])
         checks.check_one_of("model", self.model, models.models())
+        options = models.models()[self.model].accepted_options
+        for name, value in self.model_options.items():
+            if name not in options:
+                near = checks.did_you_mean(name, options)
+                raise ValueError(f"model_options.{name} = {value!r}: no such option; {near}")
         if self.eval_every is None:
             most = next(n for n in range(_EVALUATIONS, 0, -1) if self.steps % n == 0)
             object.__setattr__(self, "eval_every", self.steps // most)
@@ -130,7 +154,11 @@ class CompareConfig(_Model):
         labels = [optimizer.label for optimizer in self.optimizers]
         if len(set(labels)) < len(labels):
             raise ValueError(f"optimizers have the labels {labels}; accepted: distinct labels")
-        if not self.validation and self.tuning.select_by.startswith("validation"):
+        if (
+            not self.validation
+            and self.tuning.protocol != "none"
+            and self.tuning.select_by.startswith("validation")
+        ):
             raise ValueError(
                 f"validation = 0 leaves nothing to select by {self.tuning.select_by}; "
                 "accepted: a positive validation, or tuning.select_by = 'test_accuracy'"
@@ -141,7 +169,8 @@ class CompareConfig(_Model):
 def expected_steps(config: CompareConfig, optimizer: OptimizerConfig) -> int:
     """About how many training steps an optimizer will take, for progress bars."""
     tunable = registry.get_method(optimizer.method).tunes
-    if config.tuning.protocol == "none" or tunable is None:
+    fixed = tunable is None or tunable.hyperparameter in optimizer.hyperparams
+    if config.tuning.protocol == "none" or tunable is None or fixed:
         return config.steps * config.seeds
     rates = optimizer.rates or config.tuning.rates
     if config.tuning.protocol == "grid":
@@ -216,7 +245,8 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _messages(error: pydantic.ValidationError) -> Iterable[str]:
     for item in error.errors():
-        path = [str(part) for part in item["loc"]]
+        # A union adds names of its branches to the path, such as "constrained-int".
+        path = [str(part) for part in item["loc"] if not re.search(r"[\[\]()-]", str(part))]
         field, given = ".".join(path), item["input"]
         if item["type"] == "extra_forbidden":
             fields = _fields(path[:-1])

@@ -18,7 +18,7 @@ numbers, up to float rounding, whatever runs beside it.
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -128,6 +128,19 @@ class Trainer:
         compiled: Any = self._interval if self.scans else self._step
         return int(compiled._cache_size())
 
+    def check(self, hyperparams: Iterable[str]) -> None:
+        """Traces one interval of one run without running it: raises what it would raise.
+
+        Args:
+          hyperparams: names of the hyperparameters that the runs will have.
+        """
+        scalar = jnp.zeros((), jnp.float32)
+        seed = jnp.zeros((), jnp.uint32)
+        values = dict.fromkeys(hyperparams, scalar)
+        state = jax.eval_shape(self._init_run, values, seed)
+        drawn = jax.eval_shape(self._draw_batches, state.step, seed, self.problem.data)
+        jax.eval_shape(self._train_interval, state, values, drawn, self.problem.data)
+
     def train(self, runs: Runs, steps: int, on_interval: OnInterval | None = None) -> History:
         """Trains every run for ``steps`` steps, a multiple of ``eval_every``.
 
@@ -152,7 +165,7 @@ class Trainer:
             chosen = Runs({k: v[select] for k, v in runs.hyperparams.items()}, runs.seeds[select])
             self._train_wave(chosen, steps, wave, records, on_interval)
         evaluations = np.arange(0, steps + 1, self.eval_every)
-        names = records[0][0].keys() - {"diverged_at"}
+        names = [name for name in records[0][0] if name != "diverged_at"]
         metrics = {name: np.array([[r[name] for r in run] for run in records]) for name in names}
         diverged_at = np.array([int(run[-1]["diverged_at"]) for run in records])
         return History(evaluations, metrics, diverged_at, time.perf_counter() - started)
@@ -169,7 +182,7 @@ class Trainer:
     ) -> None:
         hyperparams = {k: jnp.asarray(v, jnp.float32) for k, v in runs.hyperparams.items()}
         seeds = jnp.asarray(runs.seeds, jnp.uint32)
-        new = {run: row for row, run in enumerate(wave) if not records[run]}  # padding left out
+        new = {run: row for row, run in enumerate(wave)}  # padding repeats the last run
         state = self._init(hyperparams, seeds)
         train_loss = jnp.full(seeds.shape, jnp.nan)
         for step in range(0, steps + 1, self.eval_every):
@@ -179,12 +192,18 @@ class Trainer:
             host = {k: np.atleast_1d(np.asarray(v, float)) for k, v in metrics.items()}
             diverged_at = np.atleast_1d(np.asarray(state.diverged_at))
             for run, row in new.items():
-                at = int(diverged_at[row])
-                record = {k: np.nan if at else float(v[row]) for k, v in host.items()}
+                found = {k: float(v[row]) for k, v in host.items()}
+                at = int(records[run][-1]["diverged_at"]) if records[run] else 0
+                at = at or int(diverged_at[row])
+                if step and not at and not np.isfinite(list(found.values())).all():
+                    at = step  # the last update went wrong, after the last finite loss
+                record = dict.fromkeys(found, np.nan) if at else found
                 records[run].append({**record, "diverged_at": at})
                 if on_interval:
                     on_interval(run, step, records[run][-1])
-            if diverged_at.all():  # nothing more to learn: the rest of the rows stay NaN
+            if all(
+                records[run][-1]["diverged_at"] for run in new
+            ):  # nothing more to learn: the rest of the rows stay NaN
                 for run in new:
                     last = records[run][-1]
                     records[run] += [last] * ((steps - step) // self.eval_every)

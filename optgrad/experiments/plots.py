@@ -74,7 +74,8 @@ def curves(comparison: Comparison) -> Figure:
             axis.set_ylim(max(0.0, lowest_start - 0.05), min(1.0, axis.get_ylim()[1]))
             axis.axhline(comparison.target_accuracy, color="0.6", linewidth=0.8, linestyle=":")
         axis.set(xlabel="step", title=title)
-    axes[-1].legend(loc="lower right")
+    if axes[-1].lines:
+        axes[-1].legend(loc="lower right")
     return figure
 
 
@@ -91,7 +92,7 @@ def sensitivity(comparison: Comparison) -> Figure:
         points = sorted((v, abs(s)) for v, s in by_value.items() if np.isfinite(s))
         if points:
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4,
-                      label=outcome.config.label, **_look(index))  # fmt: skip
+                      label=_text(outcome.config.label), **_look(index))  # fmt: skip
         if outcome.tuned.best is not None:
             best = outcome.tuned.best
             axis.plot(best, abs(by_value[best]), "o", markersize=10, fillstyle="none",
@@ -104,7 +105,8 @@ def sensitivity(comparison: Comparison) -> Figure:
         ylabel=f"best {select_by.replace('_', ' ')}",
         title=f"{comparison.problem}: sensitivity",
     )
-    axis.legend()
+    if axis.lines:
+        axis.legend()
     return figure
 
 
@@ -117,5 +119,11 @@ def _look(index: int) -> dict[str, Any]:
 
 
 def _label(outcome: Any) -> str:
-    best = outcome.tuned.best
-    return outcome.config.label if best is None else f"{outcome.config.label} ({best:g})"
+    best, label = outcome.tuned.best, _text(outcome.config.label)
+    return label if best is None else f"{label} ({best:g})"
+
+
+def _text(label: str) -> str:
+    """The label as plain text: no formula between dollars, not hidden by a leading underscore."""
+    hidden = label.startswith("_")
+    return ("\u200b" if hidden else "") + label.replace("$", r"\$")

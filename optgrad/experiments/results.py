@@ -41,13 +41,19 @@ def check_destination(folder: Path, *, overwrite: bool) -> None:
       ResultsError: if it exists (unless it holds results and ``overwrite`` is set), or its parent
         cannot be written to.
     """
-    if folder.exists():
-        is_results = folder.is_dir() and (folder / _MARKER).is_file()
-        is_empty = folder.is_dir() and not any(folder.iterdir())
-        if not is_empty and not (overwrite and is_results):
-            remedy = "--overwrite replaces it" if is_results else "it was not written by optgrad"
-            raise ResultsError(f"output = {folder} exists already; {remedy}, or choose another")
+    if folder.resolve() == Path.cwd():
+        raise ResultsError(f"output = {folder} is the current folder; accepted: a folder below it")
     try:
+        if folder.exists():
+            is_results = folder.is_dir() and (folder / _MARKER).is_file()
+            is_empty = folder.is_dir() and not any(folder.iterdir())
+            if not is_empty and not (overwrite and is_results):
+                remedy = (
+                    "choose another, or let --overwrite replace it"
+                    if is_results
+                    else "it was not written by optgrad: choose another"
+                )
+                raise ResultsError(f"output = {folder} exists already; {remedy}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder.parent):
             pass
@@ -71,8 +77,13 @@ def write(comparison: Comparison, folder: Path, *, overwrite: bool = False) -> N
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             os.replace(folder, old / "results")
-            os.replace(prepared, folder)
-            shutil.rmtree(old)
+            try:
+                os.replace(prepared, folder)
+            except OSError:
+                os.replace(old / "results", folder)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             os.replace(prepared, folder)
     except OSError as error:

@@ -122,7 +122,7 @@ def tune(
         final = run("replication", [math.nan], range(seeds), steps)
         return Tuned(None, None, False, (final,), final)
 
-    candidates = sorted(rates or rate_grid(tunable.low, tunable.high).tolist(), reverse=True)
+    candidates = sorted(set(rates or rate_grid(tunable.low, tunable.high).tolist()), reverse=True)
     if protocol == "grid":
         stage = run("tuning", candidates, range(seeds), steps)
         best, at_edge = _select(stage, select_by)
@@ -144,7 +144,7 @@ def tune(
         return Tuned(tunable.hyperparameter, None, True, tuple(stages), None)
 
     lowest = largest / 10**decades
-    grid = [v for v in rates if v <= largest] if rates else rate_grid(lowest, largest)
+    grid = [v for v in candidates if v <= largest] if rates else rate_grid(lowest, largest)
     stages.append(run("tuning", list(grid), range(tuning_seeds), steps))
     best, at_edge = _select(stages[-1], select_by)
     if best is None:
@@ -169,7 +169,7 @@ def scores(stage: Stage, select_by: str) -> dict[float, float]:
     A value that diverged with any seed scores −∞.
     """
     sign = -1.0 if select_by.endswith("loss") else 1.0
-    metric = sign * stage.history.metrics[select_by]
+    metric = sign * stage.history.metrics[select_by][:, 1:]  # before training does not count
     reached = np.where(np.isfinite(metric), metric, -np.inf).max(axis=1)
     reached = np.where(stage.history.diverged_at > 0, -np.inf, reached)
     return {

@@ -81,6 +81,16 @@ def test_learning_rate_schedule(method):
     problem.assert_close(actual.updates, run_by_hand(method, values).updates, rtol=1e-4)
 
 
+@pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
+def test_every_real_hyperparameter_is_scheduled(method):
+    """Each one may be a schedule; constant ones change no number."""
+    values = {**problem.real_hyperparameters(method), problem.tuned(method)[0]: None}
+    values = {name: problem.hyperparams(method).get(name, value) for name, value in values.items()}
+    schedules = {name: lambda count, v=v: v + 0.0 * count for name, v in values.items()}
+    actual = problem.run_of(method, problem.create(method, **schedules))
+    problem.assert_close(actual.updates, problem.standard_run(method).updates, rtol=1e-4)
+
+
 def test_inject_integers(method):
     """Integers given for real hyperparameters are taken as real numbers."""
     integers = {problem.tuned(method)[0]: 1}

@@ -77,7 +77,6 @@ def test_list_names_every_method_in_full(run, width):
         assert method.tunes is None or method.tunes.hyperparameter in words
 
 
-@pytest.mark.xfail(reason="DEFECT U1: at 80 columns, what a pipe has, extras are cut", strict=True)
 def test_list_cuts_no_extras(run):
     _, output = run("list", width=80)
     assert "…" not in output
@@ -349,23 +348,16 @@ def test_an_interruption_leaves_nothing(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(reason="DEFECT C9: a TypeError, shown as a traceback", strict=True,
-                   raises=TypeError)  # fmt: skip
 def test_an_unknown_model_option_is_refused(run, tmp_path):
     code, output = run("compare", "--set", "model_options.hiden=[8]", "--output", tmp_path / "out")
     assert (code, "did you mean 'hidden'" in output) == (2, True)
 
 
-@pytest.mark.xfail(reason="DEFECT C10: names 'size', which is no field", strict=True)
 def test_a_validation_set_larger_than_the_training_set_is_refused(run, tmp_path):
     code, output = run("compare", "--set", "validation=2000", "--output", tmp_path / "out")
     assert (code, "validation = 2000" in output) == (2, True)
 
 
-@pytest.mark.xfail(
-    reason="DEFECT C11: refused only when its turn comes, after the others were trained",
-    strict=True,
-)
 def test_a_batch_of_one_is_refused_before_any_work(run, tmp_path, monkeypatch):
     """m_svag_mb needs the variance within a batch."""
     trained = []
@@ -419,7 +411,6 @@ def test_the_live_view_counts_diverged_runs_once(view):
     assert len(view.diverged["adam"]) == 2
 
 
-@pytest.mark.xfail(reason="DEFECT L1: the NaN of a diverged run replaces the best", strict=True)
 def test_a_diverged_run_does_not_hide_the_best(view):
     view.on_interval("adam", "tuning", record(accuracy=0.75))
     view.on_interval("adam", "tuning", record(step=20, accuracy=float("nan"), diverged_at=12))
@@ -427,10 +418,6 @@ def test_a_diverged_run_does_not_hide_the_best(view):
     assert "nan" not in rendered(view)
 
 
-@pytest.mark.xfail(
-    reason="DEFECT L2: where nothing is tuned the value is NaN, and no two NaN are equal",
-    strict=True,
-)
 def test_diverged_runs_without_a_rate_are_counted_once(view):
     for step in (10, 20, 30):
         view.on_interval("lbfgs", "replication", record(step, float("nan"), diverged_at=7))

@@ -278,10 +278,6 @@ def test_waves_are_padded_to_the_first_width():
     assert sorted(calls) == [(run, step) for run in range(10) for step in (0, 5, 10)]
 
 
-@pytest.mark.xfail(
-    reason="DEFECT E2: the metrics' order is that of a set of strings, another in every process",
-    strict=True,
-)
 def test_metrics_come_in_the_order_of_their_evaluation():
     """Which is the order of the columns of metrics.csv."""
     names = [f"metric{i}" for i in range(9)]
@@ -430,10 +426,6 @@ def test_infinite_gradients_of_a_finite_loss_count_as_divergence():
     assert history.diverged_at.tolist() == [2]
 
 
-@pytest.mark.xfail(
-    reason="DEFECT E1: parameters that overflow in the last step are not noticed: diverged_at = 0",
-    strict=True,
-)
 def test_divergence_in_the_last_step_is_noticed():
     trainer = make_trainer("sgd", parabola(), eval_every=1)
     history = trainer.train(make_runs([1e30], [0]), 1)

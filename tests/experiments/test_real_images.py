@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_mnist_is_learned_with_one_compilation_per_optimizer(real_data_dir):
-    """The committed configuration, shortened: 4 optimizers tuned and replicated on 60,000 images."""
+    """The committed configuration, shortened: 4 optimizers tuned and replicated."""
     settings = config.load_config(
         "configs/dissecting_adam_mnist.toml",
         {

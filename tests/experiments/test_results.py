@@ -311,9 +311,6 @@ def test_nothing_tuned_has_no_sensitivity(comparison):
     assert "sensitivity" not in report.markdown(only, {})
 
 
-@pytest.mark.xfail(
-    reason="DEFECT R4: warns of a legend without entries", strict=True, raises=UserWarning
-)
 def test_pictures_of_nothing_do_not_warn(comparison):
     nothing = Comparison(comparison.config, "p", comparison.outcomes[2:3], 0.6)
     with warnings.catch_warnings():
@@ -321,10 +318,6 @@ def test_pictures_of_nothing_do_not_warn(comparison):
         plots.figures(nothing)
 
 
-@pytest.mark.xfail(
-    reason="DEFECT R6: matplotlib takes labels for formulas or private; all results are lost",
-    strict=True,
-)
 @pytest.mark.parametrize("label", ["$b_$", "_adam"])
 def test_any_label_can_be_drawn(tmp_path, comparison, label):
     first = comparison.outcomes[0]
@@ -359,10 +352,6 @@ def test_a_failure_midway_leaves_the_earlier_results(folder, comparison, monkeyp
     assert tree_of(folder.parent) == before
 
 
-@pytest.mark.xfail(
-    reason="DEFECT R1: the earlier results are left in a hidden folder, the destination is gone",
-    strict=True,
-)
 def test_a_failing_last_rename_puts_the_earlier_results_back(folder, comparison, monkeypatch):
     before, replace = tree_of(folder.parent), os.replace
 
@@ -379,7 +368,7 @@ def test_a_failing_last_rename_puts_the_earlier_results_back(folder, comparison,
 
 def test_an_existing_folder_is_refused(folder, comparison):
     before = tree_of(folder.parent)
-    with pytest.raises(ResultsError, match=r"exists already; --overwrite replaces it, or choose"):
+    with pytest.raises(ResultsError, match=r"exists already; choose another, or let --overwrite"):
         results.write(comparison, folder)
     assert tree_of(folder.parent) == before
 
@@ -429,17 +418,11 @@ def test_checking_leaves_no_trace_in_the_parent(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(reason="DEFECT R2: an OSError, which the command line shows as a traceback",
-                   strict=True, raises=OSError)  # fmt: skip
 def test_an_impossible_name_is_refused(tmp_path):
     with pytest.raises(ResultsError, match="output"):
         results.check_destination(tmp_path / ("x" * 300), overwrite=False)
 
 
-@pytest.mark.xfail(
-    reason="DEFECT R3: accepted, but after all the work it cannot be renamed and all is lost",
-    strict=True,
-)
 def test_the_current_folder_is_refused_at_once_or_written(tmp_path, comparison, quick, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:

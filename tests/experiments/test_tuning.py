@@ -205,7 +205,7 @@ def test_scores_are_averaged_over_seeds():
         History(
             np.array([0, 10]),
             {
-                "test_accuracy": np.array([[0.1, 0.9], [0.1, 0.5], [0.1, 0.6], [0.7, np.nan]]),
+                "test_accuracy": np.array([[0.1, 0.9], [0.1, 0.5], [0.1, 0.6], [np.nan, 0.7]]),
                 "test_loss": np.array([[3.0, 1.0], [3.0, 2.0], [3.0, 1.2], [3.0, 2.5]]),
             },
             np.zeros(4, int),
@@ -353,10 +353,6 @@ def test_without_tuning_only_the_seeds_are_trained(how):
     assert tuned.final is tuned.stages[0]
 
 
-@pytest.mark.xfail(
-    reason="DEFECT T1: a rate given twice is trained twice with the same seeds and counted twice",
-    strict=True,
-)
 def test_a_rate_given_twice_counts_once():
     tuned = tune(FakeTrainer(), steps=STEPS, seeds=2, protocol="grid", rates=[0.1, 0.1])
     assert tuned.final.seeds.tolist() == [0, 1]

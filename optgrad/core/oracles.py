@@ -65,7 +65,7 @@ def gradient_variance(per_example_grads: optax.Updates) -> optax.Updates:
     term lacks the factor B/(B−1).
 
     Args:
-      per_example_grads: a tree whose leaves have a leading axis of size B ≥ 2.
+      per_example_grads: a tree whose leaves have a leading axis of size B ≥ 2; it may be empty.
 
     Returns:
       ŝ, a tree like the gradient.
@@ -77,6 +77,8 @@ def gradient_variance(per_example_grads: optax.Updates) -> optax.Updates:
       >>> print(gradient_variance(jnp.array([[1.0, 5.0], [3.0, 5.0]])))
       [1. 0.]
     """
+    if not jax.tree.leaves(per_example_grads):
+        return per_example_grads
     size = batch_size(per_example_grads, "per_example_grads")
     _check_enough(size, "per_example_grads")
     _, squares = _mean_and_squares(per_example_grads)

@@ -245,7 +245,7 @@ class _LiveView:
 
 
 def _table(header: Any, rows: Any, title: str | None = None) -> Table:
-    table = Table(*header, title=title, box=rich.box.SIMPLE)
+    table = Table(*header, title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for row in rows:
         table.add_row(*row)
     return table

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optgrad.core import checks, transforms
@@ -54,7 +55,8 @@ class Method:
       static_args: arguments that may not be traced: sizes, strings, callables, dtypes.
       tunes: what a sweep tunes, or None where there is nothing to tune.
       test_hyperparams: keyword arguments under which it converges on small problems.
-      state_size: vectors of parameter size in the state.
+      state_size: vectors of parameter size in the state: a number, or for a dense method (one that
+        keeps matrices over all parameters) a function of the number of parameters.
       cost: gradient equivalents per step (a gradient is 1).
     """
 
@@ -69,7 +71,7 @@ class Method:
     static_args: tuple[str, ...] = ()
     tunes: Tunable | None = None
     test_hyperparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    state_size: float = 0
+    state_size: float | Callable[[int], float] = 0
     cost: float = 1.0
 
     def __post_init__(self) -> None:
@@ -86,6 +88,20 @@ class Method:
     def hyperparameters(self) -> Mapping[str, inspect.Parameter]:
         """The factory's parameters, by name."""
         return inspect.signature(self.factory).parameters
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it keeps matrices over all parameters and is for few of them only."""
+        return callable(self.state_size)
+
+    def state_vectors(self, size: int) -> float:
+        """Vectors of parameter size in the state, for that number of parameters.
+
+        Examples:
+          >>> get_method("ogr_full").state_vectors(10)
+          24
+        """
+        return self.state_size(size) if callable(self.state_size) else self.state_size
 
     def check_hyperparameter(self, name: str) -> None:
         """Raises `UnknownHyperparameterError` unless the factory has a parameter of that name."""
@@ -192,7 +208,7 @@ def inject(name: str, **hyperparams: Any) -> optax.GradientTransformationExtraAr
     check_hyperparams(method, hyperparams)
     method.factory(**hyperparams)  # refuses bad values now, not in init
     real = {
-        key: float(value) if type(value) is int and key not in method.static_args else value
+        key: value if key in method.static_args else _as_float(value)
         for key, value in hyperparams.items()
     }
 
@@ -221,6 +237,15 @@ def inject(name: str, **hyperparams: Any) -> optax.GradientTransformationExtraAr
         return transforms.cast_like(new_updates, like), transforms.cast_like(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _as_float(value: Any) -> Any:
+    """Integers and NumPy scalars as floats; all else as it is."""
+    if isinstance(value, np.generic | int) and not isinstance(value, bool | np.bool_):
+        return float(value)
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.integer):
+        return value.astype(jnp.float32)
+    return value
 
 
 def check_hyperparams(method: Method, names: Iterable[str]) -> None:

@@ -18,7 +18,8 @@ They equal the bias-corrected raw averages and their combinations
 
 which never subtracts two large numbers: a variance is non-negative by construction, in every
 precision. The moments are written through the *new* means, so that XLA can update both in place.
-Update the means first.
+Update the means first. (The price is paid by decays that nobody uses: for β between 0 and 0.01 the
+new mean is nearly the sample, and a moment has a relative error of about eps/β.)
 
 Here :math:`s_t = 1-\beta^t`. With a decay that changes from step to step the current one enters
 these formulas; every κ lies in (0, 1], so mean and moments remain those of one set of weights that
@@ -56,7 +57,8 @@ def sample_weights(count: chex.Array, decay: chex.Numeric) -> SampleWeights:
 
     Returns:
       The coefficients of the recursions above. At the first sample κ is 1 and 1 − κ is 0, exactly;
-      neither is ever formed by a subtraction that cancels.
+      neither is ever formed by a subtraction that cancels. A decay that rounds to 1 in that type
+      gives all samples the same weight, κ = 1/t.
 
     Examples:
       >>> second = sample_weights(jnp.array(2), 0.9)
@@ -71,7 +73,11 @@ def sample_weights(count: chex.Array, decay: chex.Numeric) -> SampleWeights:
         log_beta = jnp.asarray(np.log(max(float(decay), float(tiny))), dtype)
     beta, fresh = jnp.asarray(decay, dtype), jnp.asarray(1 - decay, dtype)
     past = -beta * jnp.expm1((count - 1) * log_beta)  # β(1 − βᵗ⁻¹), 0 at the first sample
-    return _weights(past, fresh)
+    # A decay that rounds to 1 is the limit in which all samples count the same and s is 0.
+    is_uniform = fresh == 0
+    past = jnp.where(is_uniform, (count - 1).astype(dtype), past)
+    weights = _weights(past, jnp.where(is_uniform, 1.0, fresh))
+    return weights._replace(total=jnp.where(is_uniform, 0.0, weights.total))
 
 
 def constant_sample_weights(decay: chex.Numeric) -> SampleWeights:
@@ -120,8 +126,11 @@ def update_mean(
 
     def update(m: chex.Array, x: chex.Array) -> chex.Array:
         dtype = jnp.promote_types(m.dtype, jnp.float32)
-        wide = m.astype(dtype)
-        return (wide + weights.new.astype(dtype) * (x.astype(dtype) - wide)).astype(m.dtype)
+        wide, x = m.astype(dtype), jnp.asarray(x, dtype)
+        new, old = weights.new.astype(dtype), weights.old.astype(dtype)
+        # From whichever end is nearer: with κ = 1 the mean is x whatever came before.
+        mean = jnp.where(new > 0.5, x - old * (x - wide), wide + new * (x - wide))
+        return mean.astype(m.dtype)
 
     return jax.tree.map(update, mean, sample)
 
@@ -172,12 +181,18 @@ def update_covariance(  # noqa: PLR0917  the order of the formula: c, x, m, y, n
         c: chex.Array, x: chex.Array, m: chex.Array, y: chex.Array, n: chex.Array
     ) -> chex.Array:
         dtype = jnp.promote_types(c.dtype, jnp.float32)
-        deviation_x = x.astype(dtype) - m.astype(dtype)
-        deviation_y = y.astype(dtype) - n.astype(dtype)
+        deviation_x = jnp.asarray(x, dtype) - m.astype(dtype)
+        deviation_y = jnp.asarray(y, dtype) - n.astype(dtype)
         old, new = weights.old.astype(dtype), weights.deviation.astype(dtype)
-        return (old * c.astype(dtype) + new * (deviation_x * deviation_y)).astype(c.dtype)
+        fresh = new * (deviation_x * deviation_y)
+        return (_times(old, c.astype(dtype)) + fresh).astype(c.dtype)
 
     return jax.tree.map(update, covariance, sample_x, new_mean_x, sample_y, new_mean_y)
+
+
+def _times(weight: chex.Array, past: chex.Array) -> chex.Array:
+    """The product; a past of weight 0 is forgotten even if it has overflowed."""
+    return jnp.where(weight > 0, weight * past, 0.0)
 
 
 def update_sum(
@@ -196,6 +211,7 @@ def update_sum(
 
     def update(s: chex.Array, x: chex.Array) -> chex.Array:
         dtype = jnp.promote_types(s.dtype, jnp.float32)
-        return (jnp.asarray(decay, dtype) * s.astype(dtype) + x.astype(dtype)).astype(s.dtype)
+        kept = _times(jnp.asarray(decay, dtype), s.astype(dtype))
+        return (kept + jnp.asarray(x, dtype)).astype(s.dtype)
 
     return jax.tree.map(update, total, sample)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -90,3 +91,39 @@ def did_you_mean(name: Any, accepted: Iterable[Any]) -> str:
     if not close:
         return listing
     return f"did you mean {' or '.join(repr(c) for c in close)}? {listing}"
+
+
+def check_float_dtype(name: str, dtype: Any) -> None:
+    """Raises ``ValueError`` unless ``dtype`` is ``None`` or a floating-point type.
+
+    Examples:
+      >>> check_float_dtype("state_dtype", "int32")
+      Traceback (most recent call last):
+      ...
+      ValueError: state_dtype = 'int32' is not accepted; accepted: None or a floating-point type
+    """
+    if dtype is None:
+        return
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise ValueError(
+            f"{name} = {dtype!r} is not accepted; accepted: None or a floating-point type"
+        )
+
+
+def check_count(name: str, value: Any, low: int) -> None:
+    """Raises unless ``value`` is an integer ≥ ``low``.
+
+    Examples:
+      >>> check_count("stage_steps", 1, 2)
+      Traceback (most recent call last):
+      ...
+      ValueError: stage_steps = 1 is not accepted; accepted: an integer ≥ 2
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} = {value!r} is not an integer; accepted: an integer ≥ {low}")
+    if value < low:
+        raise ValueError(f"{name} = {value} is not accepted; accepted: an integer ≥ {low}")

@@ -175,7 +175,8 @@ def _merge(count_a: Any, a: Any, count_b: Any, b: Any) -> tuple[Any, Any, Any]:
         return x + jnp.asarray(share, x.dtype) * (y - x)
 
     def squares(sa: chex.Array, sb: chex.Array, ma: chex.Array, mb: chex.Array) -> chex.Array:
-        return sa + sb + jnp.asarray(count_a * share, sa.dtype) * (mb - ma) ** 2
+        difference = mb - ma  # not squared first: with count 0 it may be as large as a gradient
+        return sa + sb + (jnp.asarray(count_a * share, sa.dtype) * difference) * difference
 
     return (
         toward(value_a, value_b),

@@ -41,7 +41,8 @@ def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
     """``tree`` with each floating-point leaf in the type of its counterpart in ``like``."""
 
     def cast(x: chex.Array, y: chex.Array) -> chex.Array:
-        return x.astype(jnp.result_type(y)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        is_float = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return jnp.asarray(x, jnp.result_type(y)) if is_float else x
 
     return jax.tree.map(cast, tree, like)
 
@@ -55,3 +56,17 @@ def hyperparameter_at(value: Any, count: chex.Array) -> chex.Array:
     if isinstance(value, jax.Array):
         return value.astype(averages.scalar_dtype())
     return value
+
+
+def require_params(params: optax.Params | None) -> optax.Params:
+    """``params``, refused if they are missing.
+
+    Raises:
+      ValueError: for ``None``.
+    """
+    if params is None:
+        raise ValueError(
+            "params = None; accepted: the parameters at which the gradient was evaluated, "
+            "optimizer.update(gradient, state, params)"
+        )
+    return params

@@ -53,7 +53,9 @@ def adam_sign(
         :math:`\operatorname{erf}(1/(\sqrt2\,\eta))`, the best factor for Gaussian noise (Eq. 15).
       variance: ``"moving_average"``, the paper's :math:`v-m^2`, or ``"unbiased"``, which divides
         it by :math:`1-\kappa(\mu,t)` as the authors' published implementation does.
-      state_dtype: type of the averages; default the parameter's, but at least float32.
+      state_dtype: floating-point type of the averages; default the parameter's, but at least
+        float32. In 16 bits averages with β above 0.99 stand still, and squares of gradients must
+        fit the type's range.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state holds two vectors of parameter size.

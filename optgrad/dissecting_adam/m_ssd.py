@@ -23,7 +23,7 @@ def scale_by_m_ssd(
     beta: float | optax.Schedule = 0.9, *, state_dtype: Any | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `m_ssd`: the sign of the momentum term. Arguments as there."""
-    variance_adaptation.check_options(beta)
+    variance_adaptation.check_options(beta, state_dtype=state_dtype)
 
     def init(params: optax.Params) -> ScaleByMSsdState:
         momentum = averages.zeros_like_average(params, state_dtype)

@@ -45,15 +45,17 @@ def m_svag(
     Momentum-SGD whose noisy coordinates are shortened: Adam's variance adaptation without its
     sign. It shines where SGD beats Adam and gradients are noisy; learning rates are those of
     momentum-SGD divided by 1−μ, since m is an average. Where badly scaled coordinates are what
-    hurts (the paper's MNIST problem), the sign methods remain ahead of it. Without noise it is
-    gradient descent with averaged momentum.
+    hurts (the paper's MNIST problem), the sign methods remain ahead of it. With constant gradients
+    it is gradient descent; what changes along the path counts as variance, too.
 
     Args:
       learning_rate: α ≥ 0; a number, a traced scalar or a schedule.
       beta: μ in [0, 1), for momentum and averages alike; a number, a traced scalar or a schedule.
       variance: ``"moving_average"``, the paper's :math:`v-m^2`, or ``"unbiased"``, which divides
         it by :math:`1-\kappa(\mu,t)` as the authors' published implementation does.
-      state_dtype: type of the averages; default the parameter's, but at least float32.
+      state_dtype: floating-point type of the averages; default the parameter's, but at least
+        float32. In 16 bits averages with β above 0.99 stand still, and squares of gradients must
+        fit the type's range.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state holds two vectors of parameter size.

@@ -42,10 +42,17 @@ def m_svag_mb(
     ``per_example_grads``, the gradients of the B ≥ 2 examples with a leading batch axis on every
     leaf. Where both are given, ``gradient_variance`` is used.
 
+    The variance must be that of the gradient that ``update`` sees: a clip or scale ahead in the
+    chain changes the one and not the other, and `optax.MultiSteps` passes the last micro-batch's
+    variance on with the mean of several gradients. `optax.masked` and `optax.partition` need
+    ``mask_compatible_extra_args=True``.
+
     Args:
       learning_rate: α ≥ 0; a number, a traced scalar or a schedule.
       beta: μ in [0, 1), the momentum; a number, a traced scalar or a schedule.
-      state_dtype: type of the averages; default the parameter's, but at least float32.
+      state_dtype: floating-point type of the averages; default the parameter's, but at least
+        float32. In 16 bits averages with β above 0.99 stand still, and squares of gradients must
+        fit the type's range.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state holds two vectors of parameter size.

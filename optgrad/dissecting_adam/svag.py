@@ -47,7 +47,9 @@ def svag(
       beta: μ in [0, 1), for both averages; a number, a traced scalar or a schedule.
       variance: ``"moving_average"``, the paper's :math:`v-m^2`, or ``"unbiased"``, which divides
         it by :math:`1-\kappa(\mu,t)` as the authors' published implementation does.
-      state_dtype: type of the averages; default the parameter's, but at least float32.
+      state_dtype: floating-point type of the averages; default the parameter's, but at least
+        float32. In 16 bits averages with β above 0.99 stand still, and squares of gradients must
+        fit the type's range.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state holds two vectors of parameter size.

@@ -130,7 +130,7 @@ def _relative_variance(
     # For derivatives *through* an update (meta-learning), which would overflow on the way, η² is
     # taken as constant where the mean is tiny or the ratio huge; the inner `where`s serve the same.
     info = np.finfo(mean.dtype)
-    has_noise = variance > 0
+    has_noise = variance != 0  # NaN stays NaN
     deviation = jnp.where(has_noise, jnp.sqrt(jnp.where(has_noise, variance, 1.0)), 0.0)
     size = jnp.abs(mean)
     constant = (size < info.tiny**0.5) | (deviation > size * (info.max**0.5 / 16))
@@ -176,7 +176,7 @@ def from_moving_moments(
       variance: one of `VARIANCES`.
       state_dtype: type of the averages.
     """
-    check_options(beta, variance=variance)
+    check_options(beta, variance=variance, state_dtype=state_dtype)
 
     def init(params: optax.Params) -> MovingMomentsState:
         return init_moving_moments(params, state_dtype)
@@ -209,7 +209,7 @@ def from_minibatch_variance(
       beta: decay of the momentum; its square is that of the variance.
       state_dtype: type of the sums.
     """
-    check_options(beta)
+    check_options(beta, state_dtype=state_dtype)
 
     def init(params: optax.Params) -> MinibatchVarianceState:
         return MinibatchVarianceState(
@@ -272,8 +272,15 @@ def _minibatch_variance(
     return estimate
 
 
-def check_options(beta: Any, *, variance: str = VARIANCES[0], factor: str = FACTORS[0]) -> None:
+def check_options(
+    beta: Any,
+    *,
+    variance: str = VARIANCES[0],
+    factor: str = FACTORS[0],
+    state_dtype: Any | None = None,
+) -> None:
     """Refuses a β outside [0, 1) and unknown options."""
     checks.check_in_range("beta", beta, 0.0, 1.0, high_open=True)
     checks.check_one_of("variance", variance, VARIANCES)
     checks.check_one_of("factor", factor, FACTORS)
+    checks.check_float_dtype("state_dtype", state_dtype)

@@ -1,0 +1,133 @@
+"""Inner products and combinations of pytrees that optax.tree lacks.
+
+Everything is accumulated in at least float32 whatever the leaves' types. A *basis* is a tree like
+the parameters with a leading axis of d directions on every leaf; it is never raveled.
+"""
+
+import math
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from optgrad.core import averages
+
+
+def inner_products(*pairs: tuple[chex.ArrayTree, chex.ArrayTree]) -> tuple[chex.Array, ...]:
+    """The inner products ⟨x, y⟩ of several pairs of trees, leaf by leaf, in one pass over them.
+
+    One reduction with several results, which XLA fuses with the products: nothing of a leaf's size
+    is stored in between, each leaf is read once, and sharded leaves cost one all-reduce. Sums run
+    over two levels, so that float32 suffices for large leaves.
+
+    Args:
+      *pairs: trees of the same structure and shapes.
+
+    Returns:
+      For each pair an array of shape (leaves,); its sum is the inner product over the whole tree.
+
+    Examples:
+      >>> x = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
+      >>> xx, x1 = inner_products((x, x), (x, {"a": jnp.ones(2), "b": jnp.array(1.0)}))
+      >>> print(xx, x1)
+      [5. 9.] [3. 3.]
+    """
+    products = [
+        jax.tree.leaves(jax.tree.map(lambda x, y: wide(x) * wide(y), *pair)) for pair in pairs
+    ]
+    leaves = [_sums(group) for group in zip(*products, strict=True)]
+    if not leaves:
+        return tuple(jnp.zeros((0,), averages.scalar_dtype()) for _ in pairs)
+    return tuple(jnp.stack(column) for column in zip(*leaves, strict=True))
+
+
+def _sums(arrays: Sequence[chex.Array]) -> tuple[chex.Array, ...]:
+    """The sums of arrays of one shape, together."""
+    dtype = averages.scalar_dtype()
+    arrays = tuple(x.astype(dtype) for x in arrays)
+    shape, size = arrays[0].shape, arrays[0].size
+    if not shape:
+        return arrays
+    kept = None
+    if size > _LONG and len(shape) == 1:
+        whole = size - size % _LONG
+        parts = [_sums([x[:whole].reshape(-1, _LONG) for x in arrays])]
+        parts += [_sums([x[whole:] for x in arrays])] if whole < size else []
+        return tuple(sum(column[1:], start=column[0]) for column in zip(*parts, strict=True))
+    if size > _LONG:  # add up along one axis at last, not too short nor too long a one
+        distances = [abs(math.log(n * _LONG / size)) for n in shape]
+        kept = distances.index(min(distances))
+    axes = tuple(i for i in range(len(shape)) if i != kept)
+    zeros = tuple(jnp.zeros((), dtype) for _ in arrays)
+    return tuple(jnp.sum(x) for x in jax.lax.reduce(arrays, zeros, _add, axes))
+
+
+def _add(x: tuple[chex.Array, ...], y: tuple[chex.Array, ...]) -> tuple[chex.Array, ...]:
+    return tuple(a + b for a, b in zip(x, y, strict=True))
+
+
+_LONG = 2**15  # so many float32 are added up one after the other
+
+
+def ordered_after(x: chex.Array, y: chex.Array) -> chex.Array:
+    """``x``, with a data dependency on ``y``, which must be finite.
+
+    XLA updates a donated buffer in place only if everything else that reads its old value provably
+    comes first; where x overwrites what y is computed from, this tells it. (It removes an
+    `optimization_barrier` before it decides.) It does not remove 0·y, which may be NaN.
+    """
+    return x + 0 * y.astype(x.dtype)
+
+
+def project(basis: chex.ArrayTree, x: chex.ArrayTree) -> chex.Array:
+    """Coordinates ⟨v_i, x⟩ of ``x`` along the d directions of ``basis``, shape (d,).
+
+    Raises:
+      ValueError: for a basis without leaves, whose d is not known.
+    """
+
+    def one(v: chex.Array, leaf: chex.Array) -> chex.Array:
+        product = wide(v) * wide(leaf)
+        return jnp.sum(product, axis=tuple(range(1, v.ndim)), dtype=averages.scalar_dtype())
+
+    coordinates = jax.tree.leaves(jax.tree.map(one, basis, x))
+    if not coordinates:
+        raise ValueError("basis has no leaves: the number of directions is not known")
+    return sum(coordinates[1:], start=coordinates[0])
+
+
+def combine(coordinates: chex.Array, basis: chex.ArrayTree) -> chex.ArrayTree:
+    """The vector Σ yᵢ·vᵢ, a tree like the parameters, in at least float32."""
+    return jax.tree.map(
+        lambda v: jnp.tensordot(
+            coordinates.astype(averages.average_dtype(v)),
+            wide(v),
+            axes=1,
+            precision=jax.lax.Precision.HIGHEST,
+        ),
+        basis,
+    )
+
+
+def size(tree: chex.ArrayTree) -> int:
+    """Number of scalars in all leaves."""
+    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def wide(x: chex.Array) -> chex.Array:
+    """``x`` in at least float32."""
+    return jnp.asarray(x, averages.average_dtype(x))
+
+
+def spread(values: chex.Array, tree: chex.ArrayTree) -> chex.ArrayTree:
+    """One scalar for each leaf of ``tree``: ``values`` of shape () for all, or (leaves,) in turn.
+
+    Examples:
+      >>> spread(jnp.array(2.0), {"a": 0.0, "b": 1.0})["b"].shape
+      ()
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    if values.ndim == 0:
+        return jax.tree.unflatten(structure, [values] * len(leaves))
+    return jax.tree.unflatten(structure, [values[i] for i in range(len(leaves))])

@@ -1,6 +1,7 @@
 """Optimizers that know about curvature, gradient variance and step size, for optax."""
 
 from optgrad import baselines
+from optgrad.core.diagnostics import diagnostics
 from optgrad.core.oracles import gradient_variance, per_example_grads, value_grad_and_variance
 from optgrad.dissecting_adam import (
     adam_sign,
@@ -20,6 +21,19 @@ from optgrad.dissecting_adam import (
     ssd,
     svag,
 )
+from optgrad.online_regression import (
+    adaptive_sgd,
+    adaptive_sgd_c,
+    momentum_sgd_hybrid,
+    ogr1d,
+    ogr1dc,
+    ogr1ds,
+    ogr_diagonal,
+    ogr_diagonal_subspace,
+    ogr_full,
+    ogr_subspace,
+    scale_by_momentum_sgd_hybrid,
+)
 from optgrad.registry import Method, Tunable, create, get_method, inject, methods, register
 
 __version__ = "0.1.0"
@@ -30,8 +44,11 @@ __all__ = [
     "adam_sign",
     "adam_star",
     "adam_star_mb",
+    "adaptive_sgd",
+    "adaptive_sgd_c",
     "baselines",
     "create",
+    "diagnostics",
     "get_method",
     "gradient_variance",
     "inject",
@@ -39,6 +56,14 @@ __all__ = [
     "m_svag",
     "m_svag_mb",
     "methods",
+    "momentum_sgd_hybrid",
+    "ogr1d",
+    "ogr1dc",
+    "ogr1ds",
+    "ogr_diagonal",
+    "ogr_diagonal_subspace",
+    "ogr_full",
+    "ogr_subspace",
     "per_example_grads",
     "register",
     "scale_by_adam_sign",
@@ -47,6 +72,7 @@ __all__ = [
     "scale_by_m_ssd",
     "scale_by_m_svag",
     "scale_by_m_svag_mb",
+    "scale_by_momentum_sgd_hybrid",
     "scale_by_ssd",
     "scale_by_svag",
     "ssd",

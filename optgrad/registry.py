@@ -99,7 +99,7 @@ class Method:
 
         Examples:
           >>> get_method("ogr_full").state_vectors(10)
-          24
+          23
         """
         return self.state_size(size) if callable(self.state_size) else self.state_size
 

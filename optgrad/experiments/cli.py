@@ -1,4 +1,4 @@
-"""The command line: ``optgrad list``, ``optgrad show NAME``, ``optgrad compare``."""
+"""The command line: ``optgrad list``, ``show NAME``, ``compare``, ``reproduce PAPER``."""
 
 import inspect
 import math
@@ -66,7 +66,7 @@ def list_methods(
         for method in (m for m in found if m.family == name):
             tunes = method.tunes.hyperparameter if method.tunes else "–"
             needs = ", ".join(sorted(method.needs)) or "–"
-            table.add_row(method.name, method.title, needs, f"{method.state_size:g} D", tunes)
+            table.add_row(method.name, method.title, needs, f"{_state(method)} D", tunes)
         console.print(table)
 
 
@@ -86,7 +86,7 @@ def show(name: Annotated[str, typer.Argument(help="A name from 'optgrad list'.")
         "static": ", ".join(method.static_args) or "–",
         "needs": "\n".join(f"{n}: {registry.EXTRAS[n]}" for n in sorted(method.needs)) or "–",
         "tunes": _tunes(method),
-        "state": f"{method.state_size:g} vectors of parameter size",
+        "state": f"{_state(method)} vectors of parameter size",
         "cost": f"{method.cost:g} gradient(s) per step",
     }
     table = Table.grid(padding=(0, 2))
@@ -108,6 +108,14 @@ def _default(parameter: inspect.Parameter) -> str:
     if default is inspect.Parameter.empty:
         return ""
     return f"={default!r}" if isinstance(default, int | float | str | None) else "=…"
+
+
+def _state(method: registry.Method) -> str:
+    """Vectors of parameter size, as an affine function of their number D if it is dense."""
+    if not method.is_dense:
+        return f"{method.state_vectors(0):g}"
+    constant, slope = method.state_vectors(0), method.state_vectors(1) - method.state_vectors(0)
+    return f"({constant:g} + {slope:g} D)"
 
 
 def _tunes(method: registry.Method) -> str:
@@ -244,8 +252,81 @@ class _LiveView:
         return Group(_table(header, rows), self.progress)
 
 
+@app.command()
+def reproduce(  # noqa: PLR0917  typer reads the options from the signature
+    paper: Annotated[str | None, typer.Argument(help="Which paper; none: list them all.")] = None,
+    figures: Annotated[
+        list[str] | None, typer.Argument(help="Figures or tables; default: all.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier results folder.")] = False,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data sets.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="Seconds, to try it; the numbers mean little.")
+    ] = False,
+) -> None:
+    """Reproduce the figures and tables of a paper: pictures, numbers and a report."""
+    from optgrad.experiments import data, results  # noqa: PLC0415
+    from optgrad.experiments import reproduce as lib  # noqa: PLC0415
+    from optgrad.experiments.reproduce import report as reproduction_report  # noqa: PLC0415
+
+    if paper is None:
+        for name in lib.reproductions():
+            console.print(_reproduction_table(lib.get_reproduction(name)))
+        return
+    try:
+        reproduction = lib.get_reproduction(paper)
+        makers = reproduction.select(figures or ())
+        folder = output or results.default_folder_of(paper)
+        results.check_destination(folder, overwrite=overwrite)
+        settings = lib.Settings(quick=quick, data_dir=data_dir)
+        found = _make_with_progress(makers, settings)
+        reproduction_report.write(reproduction, found, settings, folder, overwrite=overwrite)
+    except (data.DataError, results.ResultsError, ValueError, ImportError) as error:
+        raise _refuse(error) from None
+    for result in found.values():
+        rows = reproduction_report.findings_rows(result)
+        console.print(_table(reproduction_report.FINDINGS_HEADER, rows, title=result.title))
+    console.print(f"Figures, numbers and report: {folder}", highlight=False, soft_wrap=True)
+
+
+def _reproduction_table(reproduction: Any) -> Table:
+    rows = [(name, maker.title) for name, maker in reproduction.figures.items()]
+    return _table(("figure", "what"), rows, title=f"{reproduction.name}: {reproduction.reference}")
+
+
+def _make_with_progress(makers: Any, settings: Any) -> dict[str, Any]:
+    """The results, under a progress bar with ETA over all figures."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("left"),
+        console=console,
+        transient=True,
+    )
+    task = progress.add_task("", total=sum(maker.share for maker in makers.values()))
+    found, done = {}, 0.0
+    with progress:
+        for name, maker in makers.items():
+            progress.update(task, description=name)
+
+            def advance(fraction: float, done: float = done, share: float = maker.share) -> None:
+                progress.update(task, completed=done + fraction * share)
+
+            found[name] = maker.make(settings, advance)
+            done += maker.share
+            progress.update(task, completed=done)
+    return found
+
+
 def _table(header: Any, rows: Any, title: str | None = None) -> Table:
-    table = Table(*header, title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for i, column in enumerate(header):
+        table.add_column(column, no_wrap=i == 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -12,14 +12,14 @@ from optgrad.experiments import tuning
 from optgrad.experiments.compare import Comparison
 
 # Okabe & Ito's colours, distinguishable with colour-blindness; line styles repeat the distinction.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 _PANELS = (
     ("train_loss", "training loss", True),
     ("test_loss", "test loss", True),
     ("test_accuracy", "test accuracy", False),
 )
-_STYLE: Any = {
+STYLE: Any = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -33,7 +33,7 @@ _STYLE: Any = {
 
 def figures(comparison: Comparison) -> dict[str, Figure]:
     """File stem -> figure; ``sensitivity`` only where something was tuned."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         drawn = {"curves": curves(comparison)}
         if any(outcome.tuned.hyperparameter for outcome in comparison.outcomes):
             drawn["sensitivity"] = sensitivity(comparison)
@@ -42,7 +42,7 @@ def figures(comparison: Comparison) -> dict[str, Figure]:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes SVG or PNG by the suffix, without a time stamp."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, dpi=150, metadata=metadata)
 
@@ -65,8 +65,8 @@ def curves(comparison: Comparison) -> Figure:
             mean = values.mean(axis=0)
             sd = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
             label = _label(outcome)
-            axis.plot(steps, mean, label=label, **_look(index))
-            axis.fill_between(steps, mean - sd, mean + sd, color=_look(index)["color"], alpha=0.2)
+            axis.plot(steps, mean, label=label, **look(index))
+            axis.fill_between(steps, mean - sd, mean + sd, color=look(index)["color"], alpha=0.2)
             lowest_start = min(lowest_start, mean[min(1, len(mean) - 1)])
         if logarithmic:
             axis.set_yscale("log")
@@ -92,11 +92,11 @@ def sensitivity(comparison: Comparison) -> Figure:
         points = sorted((v, abs(s)) for v, s in by_value.items() if np.isfinite(s))
         if points:
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4,
-                      label=_text(outcome.config.label), **_look(index))  # fmt: skip
+                      label=_text(outcome.config.label), **look(index))  # fmt: skip
         if outcome.tuned.best is not None:
             best = outcome.tuned.best
             axis.plot(best, abs(by_value[best]), "o", markersize=10, fillstyle="none",
-                      color=_look(index)["color"])  # fmt: skip
+                      color=look(index)["color"])  # fmt: skip
     axis.set_xscale("log")
     if select_by.endswith("loss"):
         axis.set_yscale("log")
@@ -110,9 +110,10 @@ def sensitivity(comparison: Comparison) -> Figure:
     return figure
 
 
-def _look(index: int) -> dict[str, Any]:
+def look(index: int) -> dict[str, Any]:
+    """Colour and line style of the line number ``index``."""
     return {
-        "color": _COLOURS[index % len(_COLOURS)],
+        "color": COLOURS[index % len(COLOURS)],
         "linestyle": _STYLES[index % len(_STYLES)],
         "linewidth": 1.5,
     }

@@ -56,7 +56,7 @@ def markdown(comparison: Comparison, environment: Mapping[str, str]) -> str:
     lines = [
         f"# {comparison.problem}: {len(rows)} optimizers compared",
         "",
-        _markdown_table(header, rows),
+        markdown_table(header, rows),
         "",
         f"Mean ± standard deviation over seeds, after {config.steps} steps of batch size "
         f"{config.batch_size}. Steps to target: median over seeds of the first evaluation (every "
@@ -119,6 +119,7 @@ def _command() -> str:
     return shlex.join(["optgrad", "compare", "--config", "config.toml"])
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

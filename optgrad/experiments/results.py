@@ -1,4 +1,6 @@
-"""The results folder of a comparison: written whole or not at all.
+"""A results folder, written whole or not at all.
+
+That of a comparison holds:
 
 ``config.toml`` (resolved: the same command again), ``metrics.csv`` (every run at every evaluation),
 ``summary.csv``, ``environment.json``, ``curves`` and ``sensitivity`` as SVG and PNG, ``report.md``.
@@ -14,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from optgrad.experiments import plots, report
 from optgrad.experiments.compare import Comparison
 from optgrad.experiments.config import CompareConfig
 
-_MARKER = "config.toml"  # a folder with it was written by optgrad
+MARKER = "config.toml"  # a folder with it was written by optgrad
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
 
@@ -45,7 +47,7 @@ def check_destination(folder: Path, *, overwrite: bool) -> None:
         raise ResultsError(f"output = {folder} is the current folder; accepted: a folder below it")
     try:
         if folder.exists():
-            is_results = folder.is_dir() and (folder / _MARKER).is_file()
+            is_results = folder.is_dir() and (folder / MARKER).is_file()
             is_empty = folder.is_dir() and not any(folder.iterdir())
             if not is_empty and not (overwrite and is_results):
                 remedy = (
@@ -63,17 +65,38 @@ def check_destination(folder: Path, *, overwrite: bool) -> None:
 
 def default_folder(config: CompareConfig) -> Path:
     """``results/<data set>-<time>``, below the current folder."""
+    return default_folder_of(config.dataset)
+
+
+def default_folder_of(name: str) -> Path:
+    """``results/<name>-<time>``, below the current folder."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("results") / f"{config.dataset}-{now}"
+    return Path("results") / f"{name}-{now}"
 
 
 def write(comparison: Comparison, folder: Path, *, overwrite: bool = False) -> None:
-    """Writes the results folder: prepared beside its place, then renamed into it."""
+    """Writes the results folder of a comparison."""
+    write_folder(folder, lambda prepared: _write_files(comparison, prepared), overwrite=overwrite)
+
+
+def write_folder(
+    folder: Path, write_files: Callable[[Path], None], *, overwrite: bool = False
+) -> None:
+    """Writes a results folder whole or not at all: prepared beside its place, then renamed into it.
+
+    Args:
+      folder: its place.
+      write_files: writes the files into the folder that it is given, ``config.toml`` among them.
+      overwrite: whether an earlier results folder may be replaced.
+
+    Raises:
+      ResultsError: if the folder cannot or may not be written.
+    """
     check_destination(folder, overwrite=overwrite)
     prepared = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         prepared.chmod(0o755)
-        _write_files(comparison, prepared)
+        write_files(prepared)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             os.replace(folder, old / "results")
@@ -96,15 +119,15 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
     config = comparison.config.model_dump(mode="json", exclude_none=True)
     for place in ("output", "data_dir"):  # where things lie on this machine determines no number
         config.pop(place, None)
-    (folder / _MARKER).write_text(tomli_w.dumps(config), encoding="utf-8")
+    (folder / MARKER).write_text(tomli_w.dumps(config), encoding="utf-8")
     rows = [
         {"optimizer": outcome.config.label, **row}
         for outcome in comparison.outcomes
         for stage in outcome.tuned.stages
         for row in stage.rows()
     ]
-    _write_csv(folder / "metrics.csv", rows)
-    _write_csv(folder / "summary.csv", comparison.summary())
+    write_csv(folder / "metrics.csv", rows)
+    write_csv(folder / "summary.csv", comparison.summary())
     environment = json.dumps(describe_environment(), indent=2)
     (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
     for name, figure in plots.figures(comparison).items():
@@ -114,7 +137,8 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
     (folder / "report.md").write_text(text, encoding="utf-8")
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One record a line, under the first record's keys."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

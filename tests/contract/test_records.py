@@ -29,7 +29,7 @@ def test_record_is_complete(method):
     assert method.needs <= EXTRAS.keys()
     assert method in optgrad.methods(method.family)
     assert optgrad.get_method(method.name) is method
-    assert method.state_size >= 0
+    assert method.state_vectors(10) >= 0
     assert method.cost > 0
 
 

@@ -1,0 +1,150 @@
+"""Reproductions of papers' figures and tables, by name; ``optgrad reproduce`` runs them.
+
+A reproduction is a module of this package with a `Reproduction` called ``REPRODUCTION`` in it. Its
+figures are functions that compute, draw and judge: everything that a `Result` holds follows from
+the numbers that were measured, the verdicts included.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from optgrad.core import checks
+
+_MODULES = {"online-parabola": "online_parabola"}  # name on the command line -> module
+
+Progress = Callable[[float], None]  # called with the fraction of a figure that is done
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How thoroughly and from what.
+
+    Attributes:
+      quick: seconds instead of minutes, for tests; the numbers then mean little.
+      data_dir: folder with the data sets.
+    """
+
+    quick: bool = False
+    data_dir: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One number or statement of the paper beside what was measured."""
+
+    statement: str
+    reference: str  # what the paper or the specification has
+    measured: str
+    verdict: str  # "holds", "does not hold", "within a factor …"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One reproduced figure or table.
+
+    Attributes:
+      title: heading of its section in the report.
+      text: what was done, in words, as Markdown.
+      figure: the picture.
+      rows: the numbers behind it, records with the same keys.
+      findings: paper beside measurement.
+      tables: further tables for the report, (header, rows) of strings.
+    """
+
+    title: str
+    text: str
+    figure: Figure
+    rows: Sequence[Mapping[str, Any]]
+    findings: Sequence[Finding]
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureMaker:
+    """A function that reproduces one figure or table.
+
+    Attributes:
+      title: one line for menus.
+      make: computes and draws it.
+      share: its part of the work of all, for the progress bar; roughly seconds.
+    """
+
+    title: str
+    make: Callable[[Settings, Progress], Result]
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduction:
+    """Everything that is reproduced of one paper."""
+
+    name: str
+    title: str
+    reference: str
+    figures: Mapping[str, FigureMaker]
+
+    def select(self, names: Sequence[str]) -> dict[str, FigureMaker]:
+        """The named figures in the paper's order, all without names.
+
+        Raises:
+          ValueError: for an unknown figure, with the nearest names.
+        """
+        for name in names:
+            checks.check_one_of("figure", name, self.figures)
+        return {k: v for k, v in self.figures.items() if not names or k in names}
+
+
+def reproductions() -> tuple[str, ...]:
+    """Names of all reproductions.
+
+    Examples:
+      >>> reproductions()
+      ('online-parabola',)
+    """
+    return tuple(_MODULES)
+
+
+def get_reproduction(name: str) -> Reproduction:
+    """A reproduction by name.
+
+    Raises:
+      ValueError: for an unknown name, with the nearest ones.
+
+    Examples:
+      >>> sorted(get_reproduction("online-parabola").figures)[:2]
+      ['beale3d', 'curvature']
+    """
+    checks.check_one_of("paper", name, _MODULES)
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    found: Reproduction = module.REPRODUCTION
+    return found
+
+
+def ratio_verdict(measured: float, reference: float, factor: float) -> str:
+    """Whether two positive numbers agree within a factor, and by how much they differ.
+
+    Examples:
+      >>> ratio_verdict(1.2, 1.0, factor=1.5)
+      'agrees within a factor 1.5 (1.20)'
+      >>> ratio_verdict(0.1, 1.0, factor=1.5)
+      'does not agree: 0.10 of the printed value'
+    """
+    ratio = measured / reference
+    if 1 / factor <= ratio <= factor:
+        return f"agrees within a factor {factor:g} ({ratio:.2f})"
+    return f"does not agree: {ratio:.2f} of the printed value"
+
+
+def verdict(holds: bool) -> str:
+    """In words.
+
+    Examples:
+      >>> verdict(True), verdict(False)
+      ('holds', 'does not hold')
+    """
+    return "holds" if holds else "does not hold"

@@ -212,9 +212,14 @@ class _LiveView:
         self.diverged: dict[str, set[tuple[str, str, int]]] = {}
         self.started = time.monotonic()
         self.steps = 0
+        self.announced: tuple[str, str] | None = None
 
     def on_interval(self, label: str, stage: str, record: Any) -> None:
         """Takes note of one evaluation of one run."""
+        if not console.is_terminal and self.announced != (label, stage):  # a log, a pipe
+            self.announced = (label, stage)
+            elapsed = time.monotonic() - self.started
+            errors.print(f"{elapsed:6.0f} s  {label}: {stage}", markup=False, highlight=False)
         interval = (self.settings.eval_every or 0) if record["step"] else 0
         self.steps += interval
         if label not in self.best:  # its predecessors are finished, whatever they were expected

@@ -22,7 +22,7 @@ class MomentumSGDHybridState(NamedTuple):
 def scale_by_momentum_sgd_hybrid(
     large: float | optax.Schedule = 5.0, *, period: int = 10, state_dtype: Any | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of `momentum_sgd_hybrid`: g, and at every k-th step g + Λ·m. Arguments there."""
+    """The direction of `momentum_sgd_hybrid`: g, and at every k-th step g + Λ·m."""
     checks.check_in_range("large", large, 0.0, high_open=True)
     checks.check_count("period", period, 1)
 

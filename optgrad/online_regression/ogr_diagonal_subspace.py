@@ -127,24 +127,20 @@ def ogr_diagonal_subspace(
     the gradient that it projects; ``ridge`` and warm-up are guards.
     """
     checks.check_in_range("mix", mix, 0.0, 1.0)
-    options = {"alpha": alpha, "beta": beta, "lr_max": lr_max}
-    preset = {"alpha": 1 / 1.5, "beta": 0.5, "lr_max": 0.1} if paper else {}
-    preset = {"alpha": 0.5, "beta": 0.9, "lr_max": 0.3} | preset
-    options = {name: preset[name] if x is None else x for name, x in options.items()}
-    common = {**options, "skip_zero_gradients": False, "state_dtype": state_dtype}
-    diagonal = (
-        adaptive_sgd(**common, momentum=True)
-        if correlation_one
-        else ogr_diagonal(**common, paper=paper)
+    alpha, beta, lr_max, kind, basis_rate, ridge = _resolve(
+        paper, alpha=alpha, beta=beta, lr_max=lr_max, basis=basis, rate=basis_rate, ridge=ridge
     )
-    checks.check_in_range("lr_max", options["lr_max"], 0.0, low_open=True, high_open=True)
-    kind = basis or ("push" if paper else "pca")
-    checks.check_one_of("basis", kind, subspace.BASES)
-    if basis_rate is None:
-        basis_rate = {"pca": 0.02, "push": 0.25 if paper else 0.1}[kind]
-    checks.check_in_range("basis_rate", basis_rate, 0.0, 1.0 if kind == "pca" else float("inf"))
-    ridge = (0.0 if paper else 1e-3) if ridge is None else ridge
-    checks.check_in_range("ridge", ridge, 0.0, high_open=True)
+    common: dict[str, Any] = {
+        "alpha": alpha,
+        "beta": beta,
+        "lr_max": lr_max,
+        "state_dtype": state_dtype,
+    }
+    diagonal = (
+        adaptive_sgd(**common, momentum=True, skip_zero_gradients=False)
+        if correlation_one
+        else ogr_diagonal(**common, skip_zero_gradients=False, paper=paper)
+    )
     first = (0 if paper else 10) if warmup_steps is None else warmup_steps
     checks.check_count("warmup_steps", first, 0)
     if d is not None:
@@ -173,11 +169,13 @@ def ogr_diagonal_subspace(
     ) -> tuple[optax.Updates, OGRDiagonalSubspaceState]:
         del extra
         params = transforms.require_params(params)
-        at = lambda x: transforms.hyperparameter_at(x, state.diagonal.count)  # noqa: E731
+        at = functools.partial(_at, count=state.diagonal.count)
         plain, moved = diagonal.update(updates, state.diagonal, params)
         if not trees.size(params):
             return plain, state._replace(diagonal=moved)
-        weights = averages.constant_sample_weights(at(options["beta"]))
+        total = averages.sample_weights(moved.count, at(beta)).total
+        total = jnp.ones_like(total) if paper else total  # of the momentum's weights
+        weights = averages.constant_sample_weights(at(beta))
         basis, error = subspace.maintained(state.basis, state.orthonormality_error, moved.count)
         square = subspace.dot(updates, updates)
 
@@ -198,17 +196,15 @@ def ogr_diagonal_subspace(
             weights,
             notebook=paper,
         )
-        momentum = subspace.coordinates(basis, _momentum(moved))
-        total = averages.sample_weights(moved.count, at(options["beta"])).total
-        momentum = momentum if paper else momentum / total
+        momentum = subspace.coordinates(basis, _momentum(moved)) / total
         y, curvatures = subspace_model.step_inside(
             model,
             subspace_model.Coordinates(inside, momentum),
             full=True,
             ridge=at(ridge),
             rule="momentum",
-            alpha=at(options["alpha"]),
-            lr_max=at(options["lr_max"]),
+            alpha=at(alpha),
+            lr_max=at(lr_max),
             epsilon=None,
         )
         weight = jnp.where(moved.count <= first, 0.0, at(mix))
@@ -237,10 +233,34 @@ def ogr_diagonal_subspace(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _at(value: Any, count: chex.Array) -> chex.Array:
+    return transforms.hyperparameter_at(value, count)
+
+
 def _momentum(state: OGRDiagonalState | AdaptiveSGDState) -> optax.Updates:
     """The momentum of the diagonal step, without its bias correction."""
     own = getattr(state, "momentum", None)
     return state.mean_gradient if own is None else own
+
+
+def _resolve(paper: bool, **given: Any) -> tuple[Any, ...]:
+    """alpha, beta, lr_max, basis, its rate and ridge, of the preset where None, checked."""
+    push = (given["basis"] or ("push" if paper else "pca")) == "push"
+    preset = {
+        "alpha": 1 / 1.5 if paper else 0.5,
+        "beta": 0.5 if paper else 0.9,
+        "lr_max": 0.1 if paper else 0.3,
+        "basis": "push" if paper else "pca",
+        "rate": (0.25 if paper else 0.1) if push else 0.02,
+        "ridge": 0.0 if paper else 1e-3,
+    }
+    values = {name: x if given[name] is None else given[name] for name, x in preset.items()}
+    checks.check_in_range("lr_max", values["lr_max"], 0.0, low_open=True, high_open=True)
+    checks.check_one_of("basis", values["basis"], subspace.BASES)
+    most = float("inf") if push else 1.0
+    checks.check_in_range("basis_rate", values["rate"], 0.0, most, high_open=push)
+    checks.check_in_range("ridge", values["ridge"], 0.0, high_open=True)
+    return tuple(values.values())
 
 
 register(

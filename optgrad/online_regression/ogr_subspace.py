@@ -53,12 +53,12 @@ class OGRSubspaceState(NamedTuple):
 
 def ogr_subspace(
     eta: float | optax.Schedule | None = None,
+    *,
     alpha: float | optax.Schedule | None = None,
     beta: float | optax.Schedule | None = None,
     gamma: float | optax.Schedule | None = None,
     epsilon: float | optax.Schedule | None = None,
     lr_max: float | optax.Schedule | None = None,
-    *,
     d: int | None = None,
     basis: str | None = None,
     basis_rate: float | optax.Schedule | None = None,
@@ -164,54 +164,11 @@ def ogr_subspace(
     means before the sample reproduce the numbers best (new ones: 0.0114, 0.0202; means in d
     dimensions, carried over: above 0.7).
     """
-    eta = _default(eta, 0.0 if paper else 0.1)
-    alpha = _default(alpha, 1 / 1.5 if paper else 0.5)
-    beta = _default(beta, 0.5 if paper else 0.95)
-    gamma = _default(gamma, 0.4 if paper else 0.9)
-    epsilon = _default(epsilon, None if paper else 0.3)
-    lr_max = _default(lr_max, 0.1 if paper else 10.0)
-    kind = _default(basis, "push" if paper else "pca")
-    basis_rate = _default(basis_rate, {"pca": 0.02, "push": 0.25 if paper else 0.1}.get(kind))
-    rotation_steps = _default(rotation_steps, 0 if paper else 10)
-    rule = _default(step, "momentum" if paper else "regression")
-    ridge = _default(ridge, 0.0 if paper else 1e-3)
-    warmup_steps = _default(warmup_steps, 0 if paper else 20)
-    checks.check_in_range("eta", eta, 0.0, high_open=True)
-    checks.check_in_range("alpha", alpha, 0.0, low_open=True, high_open=True)
-    checks.check_in_range("beta", beta, 0.0, 1.0, high_open=True)
-    checks.check_in_range("gamma", gamma, 0.0, 1.0, high_open=True)
-    if epsilon is not None:
-        checks.check_in_range("epsilon", epsilon, 0.0, low_open=True)
-    checks.check_in_range("lr_max", lr_max, 0.0, low_open=True, high_open=True)
-    checks.check_one_of("basis", kind, subspace.BASES)
-    checks.check_in_range("basis_rate", basis_rate, 0.0, 1.0 if kind == "pca" else float("inf"))
-    checks.check_count("rotation_steps", rotation_steps, 0)
-    checks.check_one_of("step", rule, subspace_model.STEPS)
-    checks.check_one_of("outside", outside, ("momentum", "gradient"))
-    checks.check_in_range("ridge", ridge, 0.0, high_open=True)
-    checks.check_count("warmup_steps", warmup_steps, 0)
-    checks.check_one_of("position", position, ("measured", "trusted"))
-    if d is not None:
-        checks.check_count("d", d, 1)
-    keeps_momentum = outside == "momentum" or rule == "momentum"
-    form = "means" if paper else position
-
-    def init(params: optax.Params) -> OGRSubspaceState:
-        n = subspace.number_of_directions(params, d, _DEFAULT_D)
-        random = functools.partial(subspace.random_basis, seed=seed)
-        start = random if kind == "push" else subspace.init_basis
-        zero = jnp.zeros((), averages.scalar_dtype())
-        return OGRSubspaceState(
-            count=jnp.zeros((), jnp.int32),
-            basis=start(params, n, state_dtype),
-            model=subspace_model.init_model(n, correlation_one, prior=1.0 if paper else 0.0),
-            momentum=averages.zeros_like_average(params, state_dtype) if keeps_momentum else None,
-            position=subspace_model.init_position(params, form, n, state_dtype),
-            curvatures=jnp.zeros(n, zero.dtype),
-            energy_inside=zero,
-            basis_overlap=zero + 1.0,
-            orthonormality_error=jnp.copy(zero),
-        )
+    given = {"eta": eta, "alpha": alpha, "beta": beta, "gamma": gamma, "epsilon": epsilon}
+    given |= {"lr_max": lr_max, "basis": basis, "basis_rate": basis_rate, "ridge": ridge}
+    given |= {"rotation_steps": rotation_steps, "step": step, "warmup_steps": warmup_steps}
+    given |= {"outside": outside, "position": position, "correlation_one": correlation_one}
+    o = _resolve(given | {"d": d, "seed": seed, "state_dtype": state_dtype, "paper": paper})
 
     def update(
         updates: optax.Updates,
@@ -220,98 +177,205 @@ def ogr_subspace(
         **extra: Any,
     ) -> tuple[optax.Updates, OGRSubspaceState]:
         del extra
-        params = transforms.require_params(params)
-        count = optax.safe_increment(state.count)
-        if not trees.size(params):
-            return transforms.cast_like(updates, params), state._replace(count=count)
-        at = lambda x: transforms.hyperparameter_at(x, state.count)  # noqa: E731
-        weights, momentum_weights = (_weights(count, at(x), paper) for x in (beta, gamma))
-        momentum = state.momentum
-        if keeps_momentum:
-            momentum = averages.update_mean(momentum, updates, momentum_weights)
-        h = momentum if outside == "momentum" else updates
-        square = subspace.dot(updates, updates)
-        eps, rate = None if epsilon is None else at(epsilon), at(eta)
+        return _update(o, updates, state, transforms.require_params(params))
 
-        def follow(basis: subspace.Basis, inside: chex.Array) -> tuple[Any, Any]:
-            found = subspace.residual(basis, updates, inside, square)
-            amount = at(basis_rate)
-            if paper and kind == "push":  # the notebooks start from vectors of length 1e-3
-                amount = jnp.where(count == 1, 1e3 * amount, amount)
-            return found, subspace.follow(kind, basis, found, amount)
-
-        basis, error = subspace.maintained(state.basis, state.orthonormality_error, count)
-        model = state.model
-        if rotation_steps:
-            basis, model = subspace_model.aligned(basis, model, count, rotation_steps, at(ridge))
-        inside = subspace.coordinates(basis, updates)
-        if paper:  # the basis already contains the new gradient
-            found, change = follow(basis, inside)
-            basis, _ = subspace.move(basis, updates, found, change)
-            means = (state.position.mean_position, state.position.mean_gradient)
-            point = (params, updates)
-            inside, model = subspace_model.sample_with_means(
-                basis, model, means, point, weights, notebook=True
-            )
-            where = state.position._replace(
-                mean_position=averages.update_mean(means[0], params, weights),
-                mean_gradient=averages.update_mean(means[1], updates, weights),
-            )
-        else:
-            moved = subspace_model.displacement(basis, state.position, params)
-            model = subspace_model.sample(model, moved, inside, weights)
-            where = state.position
-
-        along = subspace_model.Coordinates(
-            inside, subspace.coordinates(basis, momentum) if keeps_momentum else inside
-        )
-        options = {"rule": rule, "alpha": at(alpha), "lr_max": at(lr_max), "epsilon": eps}
-        y, curvatures = subspace_model.step_inside(
-            model, along, full=not rotation_steps, ridge=at(ridge), **options
-        )
-        h_inside = along.momentum if outside == "momentum" else inside
-        y = jnp.where(jnp.arange(y.shape[0]) < basis.filled, y, 0.0)
-        y = jnp.where(count <= warmup_steps, -rate * h_inside, y)
-        w = subspace.row_coordinates(basis, y + rate * h_inside)
-        if paper:
-            modelled = subspace.combine_one(w, basis)
-        else:
-            found, change = follow(basis, inside)
-            transport = subspace.transport(change)
-            model = subspace_model.transport_model(model, transport, weights.new * found.norm)
-            where = subspace_model.next_position(where, params, moved)
-            if position == "trusted":
-                left = -rate * subspace.along_residual(found, updates, h, basis)
-                where = where._replace(moved=subspace.matmul(transport, jnp.append(y, left)))
-            basis, (modelled,) = subspace.move(basis, updates, found, change, w)
-        steps = jax.tree.map(lambda x, direction: x - rate * trees.wide(direction), modelled, h)
-        if where.previous is not None:
-            steps = jax.tree.map(trees.ordered_after, steps, where.previous)
-        steps = subspace.after(steps, basis)
-        new = OGRSubspaceState(
-            count=count,
-            basis=basis,
-            model=model,
-            momentum=momentum,
-            position=where,
-            curvatures=curvatures,
-            energy_inside=subspace.energy_fraction(inside, square, state.energy_inside),
-            basis_overlap=subspace.overlap(change),
-            orthonormality_error=error,
-        )
-        return transforms.cast_like(steps, params), transforms.cast_like(new, state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, o), update)
 
 
-def _weights(count: chex.Array, decay: chex.Numeric, paper: bool) -> averages.SampleWeights:
-    return (
-        averages.constant_sample_weights(decay) if paper else averages.sample_weights(count, decay)
+class _Options(NamedTuple):
+    """The arguments, those that are None replaced by the preset's."""
+
+    eta: Any
+    alpha: Any
+    beta: Any
+    gamma: Any
+    epsilon: Any  # None for no limit
+    lr_max: Any
+    basis: str
+    basis_rate: Any
+    rotation_steps: int
+    step: str
+    warmup_steps: int
+    ridge: Any
+    outside: str = "momentum"
+    position: str = "measured"
+    correlation_one: bool = False
+    d: int | None = None
+    seed: int = 0
+    state_dtype: Any | None = None
+    paper: bool = False
+
+    @property
+    def keeps_momentum(self) -> bool:
+        """Whether any part of the step is along the momentum."""
+        return self.outside == "momentum" or self.step == "momentum"
+
+    def at(self, count: chex.Array) -> "_Options":
+        """The values at one step."""
+        real = ("eta", "alpha", "beta", "gamma", "epsilon", "lr_max", "basis_rate", "ridge")
+        values: dict[str, Any] = {
+            name: transforms.hyperparameter_at(getattr(self, name), count)
+            for name in real
+            if getattr(self, name) is not None
+        }
+        return self._replace(**values)
+
+
+def _init(o: _Options, params: optax.Params) -> OGRSubspaceState:
+    n = subspace.number_of_directions(params, o.d, _DEFAULT_D)
+    random = functools.partial(subspace.random_basis, seed=o.seed)
+    start = random if o.basis == "push" else subspace.init_basis
+    zero = jnp.zeros((), averages.scalar_dtype())
+    return OGRSubspaceState(
+        count=jnp.zeros((), jnp.int32),
+        basis=start(params, n, o.state_dtype),
+        model=subspace_model.init_model(n, o.correlation_one, prior=1.0 if o.paper else 0.0),
+        momentum=averages.zeros_like_average(params, o.state_dtype) if o.keeps_momentum else None,
+        position=subspace_model.init_position(
+            params, "means" if o.paper else o.position, o.state_dtype
+        ),
+        curvatures=jnp.zeros(n, zero.dtype),
+        energy_inside=zero,
+        basis_overlap=zero + 1.0,
+        orthonormality_error=jnp.copy(zero),
     )
 
 
-def _default(value: Any, preset: Any) -> Any:
-    return preset if value is None else value
+def _update(
+    o: _Options, updates: optax.Updates, state: OGRSubspaceState, params: optax.Params
+) -> tuple[optax.Updates, OGRSubspaceState]:
+    count = optax.safe_increment(state.count)
+    if not trees.size(params):
+        return transforms.cast_like(updates, params), state._replace(count=count)
+    at = o.at(state.count)
+    weights, momentum_weights = (_weights(count, x, o.paper) for x in (at.beta, at.gamma))
+    momentum = state.momentum
+    if o.keeps_momentum:
+        momentum = averages.update_mean(momentum, updates, momentum_weights)
+    h = momentum if o.outside == "momentum" else updates
+    square = subspace.dot(updates, updates)
+
+    def follow(basis: subspace.Basis) -> tuple[subspace.Residual, subspace.Change]:
+        inside = subspace.coordinates(basis, updates)
+        found = subspace.residual(basis, updates, inside, square)
+        amount = at.basis_rate
+        if o.paper and o.basis == "push":  # the notebooks start from vectors of length 1e-3
+            amount = jnp.where(count == 1, 1e3 * amount, amount)
+        return found, subspace.follow(o.basis, basis, found, amount)
+
+    basis, error = subspace.maintained(state.basis, state.orthonormality_error, count)
+    model, where = state.model, state.position
+    if o.rotation_steps:
+        basis, model = subspace_model.aligned(basis, model, count, o.rotation_steps, at.ridge)
+    if o.paper:  # the basis already contains the new gradient
+        found, change = follow(basis)
+        basis, _ = subspace.move(basis, updates, found, change)
+        inside, model, where = _sample_with_means(basis, model, where, (params, updates), weights)
+    else:
+        inside = subspace.coordinates(basis, updates)
+        moved = subspace_model.displacement(basis, where, params)
+        model = subspace_model.sample(model, moved, inside, weights)
+
+    along = subspace.coordinates(basis, momentum) if o.keeps_momentum else inside
+    y, curvatures = subspace_model.step_inside(
+        model,
+        subspace_model.Coordinates(inside, along),
+        full=not o.rotation_steps,
+        ridge=at.ridge,
+        rule=o.step,
+        alpha=at.alpha,
+        lr_max=at.lr_max,
+        epsilon=at.epsilon,
+    )
+    outer = at.eta * (along if o.outside == "momentum" else inside)  # η·Vh
+    y = jnp.where(jnp.arange(y.shape[0]) < basis.filled, y, 0.0)
+    y = jnp.where(count <= o.warmup_steps, -outer, y)
+    w = subspace.row_coordinates(basis, y + outer)
+    if o.paper:
+        modelled = subspace.combine_one(w, basis)
+    else:
+        found, change = follow(basis)
+        transport = subspace.transport(change)
+        model = subspace_model.transport_model(model, transport, weights.new * found.norm)
+        where = subspace_model.next_position(where, params, moved)
+        if o.position == "trusted":
+            left = -at.eta * subspace.along_residual(found, updates, h, basis)
+            model = subspace_model.moved_along(
+                model, subspace.matmul(transport, jnp.append(y, left))
+            )
+        basis, (modelled,) = subspace.move(basis, updates, found, change, w)
+    steps = jax.tree.map(lambda x, direction: x - at.eta * trees.wide(direction), modelled, h)
+    if where.previous is not None:
+        steps = jax.tree.map(trees.ordered_after, steps, where.previous)
+    steps = subspace.after(steps, basis)
+    new = OGRSubspaceState(
+        count=count,
+        basis=basis,
+        model=model,
+        momentum=momentum,
+        position=where,
+        curvatures=curvatures,
+        energy_inside=subspace.energy_fraction(inside, square, state.energy_inside),
+        basis_overlap=subspace.overlap(change),
+        orthonormality_error=error,
+    )
+    return transforms.cast_like(steps, params), transforms.cast_like(new, state)
+
+
+_DEFAULTS = _Options(0.1, 0.5, 0.95, 0.9, 0.3, 10.0, "pca", 0.02, 10, "regression", 20, 1e-3)
+_PAPER = _Options(0.0, 1 / 1.5, 0.5, 0.4, None, 0.1, "push", 0.25, 0, "momentum", 0, 0.0)
+_PUSH = 0.1  # default Γ of the robust preset
+
+
+def _resolve(given: dict[str, Any]) -> _Options:
+    """The given options over those of the preset, checked."""
+    paper = given["paper"]
+    preset = _PAPER if paper else _DEFAULTS
+    if given["basis"] not in {None, preset.basis}:
+        preset = preset._replace(basis_rate=_DEFAULTS.basis_rate if paper else _PUSH)
+    o = preset._replace(**{name: x for name, x in given.items() if x is not None})
+    checks.check_one_of("basis", o.basis, subspace.BASES)
+    checks.check_one_of("step", o.step, subspace_model.STEPS)
+    checks.check_one_of("outside", o.outside, ("momentum", "gradient"))
+    checks.check_one_of("position", o.position, ("measured", "trusted"))
+    if o.d is not None:
+        checks.check_count("d", o.d, 1)
+    for name in ("eta", "ridge"):
+        checks.check_in_range(name, getattr(o, name), 0.0, high_open=True)
+    for name in ("alpha", "lr_max"):
+        checks.check_in_range(name, getattr(o, name), 0.0, low_open=True, high_open=True)
+    for name in ("beta", "gamma"):
+        checks.check_in_range(name, getattr(o, name), 0.0, 1.0, high_open=True)
+    if o.epsilon is not None:
+        checks.check_in_range("epsilon", o.epsilon, 0.0, low_open=True)
+    most = 1.0 if o.basis == "pca" else float("inf")
+    checks.check_in_range("basis_rate", o.basis_rate, 0.0, most, high_open=o.basis != "pca")
+    for name in ("rotation_steps", "warmup_steps"):
+        checks.check_count(name, getattr(o, name), 0)
+    return o
+
+
+def _weights(count: chex.Array, decay: chex.Numeric, paper: bool) -> averages.SampleWeights:
+    """Of the new sample; the notebooks' averages start as a full prior."""
+    if paper:
+        return averages.constant_sample_weights(decay)
+    return averages.sample_weights(count, decay)
+
+
+def _sample_with_means(
+    basis: subspace.Basis,
+    model: subspace_model.Model,
+    where: subspace_model.Position,
+    point: tuple[optax.Params, optax.Updates],
+    weights: averages.SampleWeights,
+) -> tuple[chex.Array, subspace_model.Model, subspace_model.Position]:
+    """Vg, the notebooks' statistics, from means without the sample, and the means with it."""
+    means = (where.mean_position, where.mean_gradient)
+    inside, model = subspace_model.sample_with_means(
+        basis, model, means, point, weights, notebook=True
+    )
+    m, n = (averages.update_mean(old, x, weights) for old, x in zip(means, point, strict=True))
+    return inside, model, where._replace(mean_position=m, mean_gradient=n)
 
 
 register(

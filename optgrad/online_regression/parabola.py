@@ -280,12 +280,16 @@ def hessian(
     eigenvalues, vectors = jnp.linalg.eigh(position_covariance)
     # What rounding left below 0 counts as 0; a direction without any spread has no curvature.
     floor = ridge * jnp.mean(jnp.diagonal(position_covariance))
+    rounding = 10 * eigenvalues.shape[0] * jnp.finfo(eigenvalues.dtype).eps
+    seen = eigenvalues > rounding * eigenvalues[-1]
     eigenvalues = jnp.maximum(eigenvalues, 0.0) + floor
     if estimator == "regression":
         return _matmul(covariance, vectors * _divide(jnp.ones(()), eigenvalues), vectors.T)
     if estimator == "symmetric_least_squares":
         rotated = _matmul(vectors.T, covariance + covariance.T, vectors)
         solved = _divide(rotated, eigenvalues[:, None] + eigenvalues[None, :])
+        # Between two directions without spread there is rounding only, which a ridge would keep.
+        solved = jnp.where(seen[:, None] | seen[None, :], solved, 0.0)
         return _matmul(vectors, solved, vectors.T)
     root = jnp.sqrt(eigenvalues)
     half = _matmul(vectors * root, vectors.T)

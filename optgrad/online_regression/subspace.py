@@ -84,10 +84,14 @@ def init_basis(params: optax.Params, d: int, dtype: Any | None = None) -> Basis:
 def random_basis(params: optax.Params, d: int, dtype: Any | None = None, seed: int = 0) -> Basis:
     """The orthonormalised random directions from which ``push`` starts."""
     basis = init_basis(params, d, dtype)
-    leaves, structure = jax.tree.flatten(basis.rows)
+    leaves, structure = jax.tree.leaves(basis.rows), jax.tree.structure(basis.rows)
     keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
-    draw = lambda key, x: jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0)  # noqa: E731
-    rows = structure.unflatten([draw(*pair) for pair in zip(keys, leaves, strict=False)])
+
+    def draw(key: chex.PRNGKey, x: chex.Array) -> chex.Array:
+        return jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0)
+
+    drawn = [draw(*pair) for pair in zip(keys, leaves, strict=False)]
+    rows = jax.tree.unflatten(structure, drawn)
     basis = basis._replace(rows=rows, filled=jnp.asarray(d, jnp.int32))
     for _ in range(2 if trees.size(params) else 0):
         basis = basis._replace(rotation=orthonormal_rotation(basis)[0])

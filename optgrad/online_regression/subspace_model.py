@@ -47,8 +47,7 @@ def sample(
       gradient: Vg.
       weights: of the new sample.
     """
-    old = model.paraboloid
-    moved = old._replace(mean_position=old.mean_position - displacement)
+    moved = moved_along(model, displacement).paraboloid
     here = jnp.zeros_like(displacement)
     new = parabola.update_paraboloid(moved, here, gradient, weights)
     second = model.gradient_covariance
@@ -77,7 +76,10 @@ def sample_deviations(
         one times a constant, but for its initial value.
     """
     old, new = weights.old, weights.new if notebook else weights.deviation
-    pair = lambda c, x, y: old * c + new * x[:, None] * y[None, :]  # noqa: E731
+
+    def pair(c: chex.Array, x: chex.Array, y: chex.Array) -> chex.Array:
+        return old * c + new * x[:, None] * y[None, :]
+
     d, e = deviations
     second = model.gradient_covariance
     remaining = old if notebook else 1.0
@@ -100,7 +102,10 @@ def transport_model(model: Model, change: chex.Array, residual_mean: chex.Numeri
     """
     d = change.shape[0]
     inner = change[:, :d]
-    congruent = lambda x: subspace.matmul(inner, x, inner.T)  # noqa: E731
+
+    def congruent(x: chex.Array) -> chex.Array:
+        return subspace.matmul(inner, x, inner.T)
+
     old, second = model
     n = jnp.append(old.mean_gradient, residual_mean) if change.shape[1] > d else old.mean_gradient
     new = parabola.Paraboloid(
@@ -209,31 +214,40 @@ def step_sizes(curvatures: chex.Array, alpha: chex.Numeric, lr_max: chex.Numeric
 
 
 class Position(NamedTuple):
-    """What tells how the parameters moved since the last step; what is not needed is None."""
+    """What tells how the parameters moved since the last step; what is not needed is None.
+
+    With "trusted" positions that is nothing: the model moves along with the update.
+    """
 
     previous: optax.Params | None  # "measured": parameters of the last step
-    moved: chex.Array | None  # "trusted": the last update in coordinates of the basis, shape (d,)
     mean_position: optax.Params | None  # paper: the notebooks' means, like the parameters
     mean_gradient: optax.Updates | None
 
 
-def init_position(params: optax.Params, form: str, d: int, dtype: Any | None) -> Position:
+def init_position(params: optax.Params, form: str, dtype: Any | None) -> Position:
     """The position before the first step; ``form`` is "measured", "trusted" or "means"."""
     if form == "measured":
         copy = lambda p: jnp.array(p, averages.average_dtype(p), copy=True)  # noqa: E731
-        return Position(jax.tree.map(copy, params), None, None, None)
+        return Position(jax.tree.map(copy, params), None, None)
     if form == "trusted":
-        return Position(None, jnp.zeros(d, averages.scalar_dtype()), None, None)
-    zeros = lambda: averages.zeros_like_average(params, dtype)  # noqa: E731
-    return Position(None, None, zeros(), zeros())
+        return Position(None, None, None)
+    zeros = [averages.zeros_like_average(params, dtype) for _ in range(2)]
+    return Position(None, *zeros)
 
 
 def displacement(basis: subspace.Basis, position: Position, params: optax.Params) -> chex.Array:
-    """V(θ − θ_previous), shape (d,)."""
-    if position.moved is not None:
-        return position.moved
+    """V(θ − θ_previous), shape (d,); 0 where the model was moved along with the last update."""
+    if position.previous is None:
+        return jnp.zeros(basis.rotation.shape[0], basis.rotation.dtype)
     moved = jax.tree.map(lambda p, q: trees.wide(p) - q, params, position.previous)
     return subspace.coordinates(basis, moved)
+
+
+def moved_along(model: Model, displacement: chex.Array) -> Model:
+    """The statistics relative to parameters that moved by ``displacement``, shape (d,)."""
+    old = model.paraboloid
+    moved = old._replace(mean_position=old.mean_position - displacement)
+    return model._replace(paraboloid=moved)
 
 
 def next_position(position: Position, params: optax.Params, moved: chex.Array) -> Position:

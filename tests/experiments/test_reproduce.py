@@ -56,8 +56,33 @@ def test_all_seven_figures_are_there():
     assert list(PAPER.figures) == list(COLUMNS)
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+SLOW = {"lattices", "subspace"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in COLUMNS]
+)
 def test_figure_in_quick_mode(name, tmp_path):
+    check_figure(name, tmp_path)
+
+
+def test_lattices_of_two_methods_in_quick_mode(tmp_path, monkeypatch):
+    monkeypatch.setattr(online_parabola, "_family", lambda: ["ogr1dc", "ogr_subspace"])
+    result = check_figure("lattices", tmp_path)
+    methods = {"ogr1dc", "ogr_subspace", "sgd", "momentum", "adam"}
+    assert {r["method"] for r in result.rows} == methods
+    places = {"beale", "rosenbrock", "matyas", "goldstein_price"}
+    assert {r["landscape"] for r in result.rows} == places
+    ranks = [r["rank"] for r in result.rows if (r["landscape"], r["method"]) == ("beale", "sgd")]
+    assert ranks == list(range(1, 10))  # 3 × 3 starts
+
+
+def test_lattices_are_of_every_method_of_the_family():
+    assert online_parabola._family() == [m.name for m in optgrad.methods("online_regression")]
+
+
+def check_figure(name, tmp_path):
+    """Makes and writes a figure; checks what was written against the result."""
     done = []
     result = PAPER.figures[name].make(QUICK, done.append)
     assert done == sorted(done)
@@ -84,9 +109,7 @@ def test_figure_in_quick_mode(name, tmp_path):
     assert all(finding.verdict in text for finding in result.findings)
     assert f"optgrad reproduce online-parabola {name} --quick" in text
     assert str(tmp_path) not in text
-    if name == "lattices":
-        family = {m.name for m in optgrad.methods("online_regression")}
-        assert {r["method"] for r in result.rows} == family | {"sgd", "momentum", "adam"}
+    return result
 
 
 # The command ----------------------------------------------------------------------------------

@@ -132,12 +132,12 @@ def ratio_verdict(measured: float, reference: float, factor: float) -> str:
       >>> ratio_verdict(1.2, 1.0, factor=1.5)
       'agrees within a factor 1.5 (1.20)'
       >>> ratio_verdict(0.1, 1.0, factor=1.5)
-      'does not agree: 0.10 of the printed value'
+      'does not agree: 0.10 of the reference'
     """
     ratio = measured / reference
     if 1 / factor <= ratio <= factor:
         return f"agrees within a factor {factor:g} ({ratio:.2f})"
-    return f"does not agree: {ratio:.2f} of the printed value"
+    return f"does not agree: {ratio:.2f} of the reference"
 
 
 def verdict(holds: bool) -> str:

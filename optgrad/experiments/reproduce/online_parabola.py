@@ -74,6 +74,10 @@ def geometry(settings: Settings, progress: Progress) -> Result:
         )
     ]  # fmt: skip
     setting = ", ".join(f"{k} {v:g}" for k, v in _GEOMETRY.items())
+    ratios = _curvature_ratios(landscape)
+    kept = np.isfinite(ratios)
+    low, middle, high = np.quantile(ratios[kept], [0.25, 0.5, 0.75])
+    within = np.mean((ratios[kept] > 0.5) & (ratios[kept] < 2))
     return Result(
         title="Figures 1 and 2: the parabola along v̂, from a real run",
         text=(
@@ -83,7 +87,9 @@ def geometry(settings: Settings, progress: Progress) -> Result:
             "both measured as the method does it, from the current point. The regression line "
             "meets g = 0 at p (Eq. 2, which starts from the averages); the parallel through the "
             "newest point gives the other extremum (Eq. 6). Right: the loss along v̂ (grey) and "
-            "the parabola."
+            "the parabola. Start and step were picked from some fifty for a legible picture, in "
+            "which λ happens to be close to the truth; the last finding is of a whole lattice of "
+            "starts."
         ),
         figure=figure,
         rows=rows,
@@ -96,10 +102,17 @@ def geometry(settings: Settings, progress: Progress) -> Result:
                 verdict(error < 1e-3),
             ),
             Finding(
-                "λ estimates the curvature along v̂",
+                "λ estimates the curvature along v̂: in the picture",
                 f"v̂ᵀHv̂ at the last point {true_curvature:.3g}",
                 f"λ = {curvature:.3g}",
                 f"{curvature / true_curvature:.2f} of it",
+            ),
+            Finding(
+                f"The same from a lattice of {len(ratios)} starts, {int(kept.sum())} of which do "
+                "not diverge at this η",
+                "λ / v̂ᵀHv̂ = 1",
+                f"median {middle:.2f}, quartiles {low:.2f} … {high:.2f}",
+                f"within a factor 2 for {100 * within:.0f} % of these",
             ),
         ],
     )
@@ -147,6 +160,23 @@ def _geometric_run(landscape: lib.Landscape) -> dict[str, Any]:
         "model": {name: values[-1] for name, values in model.items()},
         "true_curvature": direction @ hessian @ direction,
     }
+
+
+def _curvature_ratios(landscape: lib.Landscape) -> Any:
+    """λ / v̂ᵀHv̂ after the same number of steps from each start of a lattice."""
+    optimizer = optgrad.create("ogr1dc", **_GEOMETRY)
+    starts = jnp.asarray(landscape.lattice(7), jnp.float32)
+    noise = lib.gaussian_noise(4, (len(starts), _GEOMETRY_STEPS, 2), landscape.noise)
+
+    def one(start: chex.Array, added: chex.Array) -> chex.Array:
+        def record(state: Any, params: chex.Array, *_: chex.Array) -> Any:
+            return params, state.direction, optgrad.diagnostics(state)["curvature"]
+
+        records = lib.descend(landscape.function, optimizer, start, added, record).records
+        params, direction, curvature = jax.tree.map(lambda x: x[-1], records)
+        return curvature / (direction @ jax.hessian(landscape.function)(params) @ direction)
+
+    return np.asarray(jax.jit(jax.vmap(one))(starts, noise))
 
 
 def _draw_path(
@@ -336,16 +366,21 @@ def _draw_beale_values(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 _LATTICES = ("beale", "rosenbrock", "matyas", "goldstein_price")
 _RATES = ("learning_rate", "eta")  # tuned over more decades than the registry names
 # Best-tuned values of the specification's table for a lattice of Beale's function, 300 steps. The
-# range of its starts is not recorded, and its grids differ in size: only the order is compared.
+# range of its starts is not recorded, and its grids differ in size.
 _BEALE_2D = {"sgd": 2.0, "momentum": 0.97, "adam": 1.1e-2, "ogr1dc": 4.2e-3, "ogr_subspace": 2.1e-3}
 _BEALE_ORDER = (
     ("momentum", "sgd"), ("adam", "momentum"), ("ogr1dc", "adam"), ("ogr_subspace", "adam"),
 )  # fmt: skip
 
 
+def _family() -> list[str]:
+    """Every method of the family."""
+    return [method.name for method in optgrad.methods(FAMILY)]
+
+
 def lattices(settings: Settings, progress: Progress) -> Result:
     """Sorted final values from lattices of starts: the family beside SGD, momentum and Adam."""
-    family = [m.name for m in optgrad.methods(FAMILY)]
+    family = _family()
     names = [*BASELINES, *family]
     side, values, seeds, steps = (3, 3, 2, 20) if settings.quick else (7, 16, 4, 300)
     rows: list[dict[str, Any]] = []
@@ -361,7 +396,7 @@ def lattices(settings: Settings, progress: Progress) -> Result:
             summary.append({"landscape": place, "method": name, **tuned})
             rows += [
                 {"landscape": place, "method": name, "tuned": tuned["tuned"],
-                 "value": tuned["value"], "rank": k + 1, "excess": float(x)}
+                 "value": tuned["value"], "rank": k + 1, "excess": _rounded(x)}
                 for k, x in enumerate(finals)
             ]  # fmt: skip
             progress((j + (i + 1) / len(_LATTICES)) / len(names))
@@ -384,13 +419,19 @@ def lattices(settings: Settings, progress: Progress) -> Result:
             f"over the record's range. The value is chosen with {seeds // 2} noise seed(s); the "
             f"numbers are of {seeds - seeds // 2} other(s). The table has the geometric mean over "
             "starts and seeds of f − f*, the chosen value, and the share of starts above f − f* = "
-            "1; the figure the final values of all starts, sorted."
+            "1; the figure the final values of all starts, sorted. The geometric mean on Beale's "
+            "function depends strongly on the range of starts: far away it is flat."
         ),
         figure=figure,
         rows=rows,
         tables=[(header, table)],
         findings=_lattice_findings(summary, family),
     )
+
+
+def _rounded(value: float) -> float:
+    """To five digits, which keeps the files small."""
+    return float(f"{value:.5g}")
 
 
 def _sweep(hyperparameter: str, low: float, high: float, count: int) -> Any:
@@ -451,12 +492,21 @@ def _lattice_look(name: str) -> dict[str, Any]:
     if name in BASELINES:
         index = BASELINES.index(name)
         return {"color": _GREYS[index], "linestyle": (":", "--", "-")[index], "linewidth": 2.2}
-    return plots.look([m.name for m in optgrad.methods(FAMILY)].index(name))
+    return plots.look(_family().index(name))
 
 
 def _lattice_findings(summary: Sequence[Mapping[str, Any]], family: Sequence[str]) -> list[Finding]:
     means = {(s["landscape"], s["method"]): s["geometric_mean"] for s in summary}
     findings = [
+        Finding(
+            f"Beale: {name}, best tuned",
+            f"{printed:.2g} (range of starts not recorded, unequal budgets)",
+            f"{means['beale', name]:.2g}",
+            ratio_verdict(means["beale", name], printed, 3.0),
+        )
+        for name, printed in _BEALE_2D.items()
+    ]
+    findings += [
         Finding(
             f"Beale: {first} ends below {second}",
             f"{_BEALE_2D[first]:.2g} against {_BEALE_2D[second]:.2g} (unequal budgets)",
@@ -473,7 +523,7 @@ def _lattice_findings(summary: Sequence[Mapping[str, Any]], family: Sequence[str
             Finding(
                 f"{lib.landscapes()[place].title}: the family's best method beats the best of "
                 "SGD, momentum and Adam",
-                "expected of second-order models",
+                f"expected (the best of {len(family)} against the best of {len(BASELINES)})",
                 f"{best} {means[place, best]:.1e}, {rival} {means[place, rival]:.1e}; "
                 f"{better} of {len(family)} methods are ahead",
                 verdict(means[place, best] < means[place, rival]),
@@ -636,7 +686,7 @@ def _noise_findings(
             verdict(bool(share == 1)),
         )
     )
-    for low, high, tolerance in ((2, 5, 0.75), (5, 10, 0.25), (10, np.inf, 0.1)):
+    for low, high in ((2, 5), (5, 10), (10, np.inf)):
         inside = (strength > low) & (strength <= high)
         if not inside.any():
             continue
@@ -644,10 +694,10 @@ def _noise_findings(
         limit = f"{low} < α²/(2(1−β))" + (f" ≤ {high}" if high < np.inf else "")
         findings.append(
             Finding(
-                f"{limit}: the mean-field value is right within {100 * tolerance:.0f} %",
-                "too high, since fluctuations are multiplicative",
-                f"simulated/predicted {ratio.min():.2f} … {ratio.max():.2f}",
-                verdict(bool(np.all(np.abs(ratio - 1) <= tolerance))),
+                f"{limit}: simulated a over the predicted one",
+                "below 1, since fluctuations are multiplicative; towards 1 far above the threshold",
+                f"{ratio.min():.2f} … {ratio.max():.2f}, median {np.median(ratio):.2f}",
+                f"off by up to {100 * np.max(np.abs(ratio - 1)):.0f} %",
             )
         )
     return findings
@@ -693,22 +743,37 @@ def saddle(settings: Settings, progress: Progress) -> Result:
         text=(
             f"`ogr1dc` on x² − y² + y⁴/4 + 1 from {_SADDLE_START} with gradient noise "
             f"N(0, 0.05²), {steps} steps, {seeds} seeds, {len(rows) // 3} settings of η, ε, β and "
-            "γ for each rule (m = 5, `tanh` with lr_max = 1, that is tanh(λ), the rest at its "
-            "default). Both minima have f = 0, the saddle has f = 1. The rates η are those with "
-            "which gradient descent alone stays at the saddle. Left: the loss of five seeds at "
-            "β = γ = 0.9, ε = 1, η = 0.001. Middle: their paths. Right: the median over seeds in "
-            "every setting, sorted. The specification's 144 settings are others (not recorded)."
+            "γ for each rule (m = 5, the rest at its default; `tanh` with lr_max = 1, that is the "
+            "paper's tanh(λ): with the default lr_max = 100 it is `reverse`). Both minima have "
+            "f = 0, the saddle has f = 1. Left: the loss of five seeds at β = γ = 0.9, ε = 1, "
+            "η = 0.001. Middle: their paths. Right: the median over seeds in every setting, "
+            "sorted. Which 144 settings the specification's best and median are of is not "
+            "recorded, and the median depends on it: with a larger η more settings leave the "
+            "saddle by gradient descent alone. The table has the median final f for each η."
         ),
+        tables=[_saddle_table(grid, medians)],
         figure=figure,
         rows=rows,
-        findings=_saddle_findings(landscape, medians, paths),
+        findings=_saddle_findings(landscape, grid, medians, paths),
     )
+
+
+def _saddle_table(
+    grid: Mapping[str, Any], medians: Mapping[str, Any]
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Median over the settings of each rate."""
+    etas = sorted({float(eta) for eta in grid["eta"]})
+    rows = [
+        [rule, *(f"{np.median(medians[rule][grid['eta'] == eta]):.1e}" for eta in etas)]
+        for rule in _SIGN_RULES
+    ]
+    return ("rule", *(f"η = {eta:g}" for eta in etas)), rows
 
 
 def _saddle_grid(quick: bool) -> dict[str, Any]:
     """All combinations as one list per hyperparameter."""
     axes = {
-        "eta": (1e-3, 1e-2) if quick else (1e-3, 3e-3, 1e-2, 3e-2),
+        "eta": (1e-3, 1e-2) if quick else (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         "epsilon": (1.0,) if quick else (0.1, 0.3, 1.0),
         "beta": (0.9,) if quick else (0.8, 0.9, 0.97),
         "gamma": (0.9,) if quick else (0.5, 0.9, 0.97, 0.99),
@@ -763,17 +828,46 @@ def _draw_saddle(
 
 
 def _saddle_findings(
-    landscape: lib.Landscape, medians: Mapping[str, Any], paths: Mapping[str, Any]
+    landscape: lib.Landscape,
+    grid: Mapping[str, Any],
+    medians: Mapping[str, Any],
+    paths: Mapping[str, Any],
 ) -> list[Finding]:
     findings = [
         Finding(
             f"`{rule}`: best and median setting",
             f"{best:.1e} and {middle:.1e}",
             f"{medians[rule].min():.1e} and {np.median(medians[rule]):.1e}",
-            f"median: {ratio_verdict(float(np.median(medians[rule])), middle, 5.0)}",
+            f"best: {ratio_verdict(float(medians[rule].min()), best, 3.0)}; the median is of "
+            "other settings",
         )
         for rule, (best, middle) in _SADDLE_REFERENCE.items()
     ]
+    small = grid["eta"] < 0.02
+    left = {rule: 100 * np.mean(medians[rule][small] < 0.1) for rule in _SIGN_RULES}
+    findings.append(
+        Finding(
+            "Settings with η ≤ 0.01 that leave the saddle (f < 0.1): the sign rules do, gradient "
+            "descent does not",
+            "SFN-like steps repel from saddles (Section II.C)",
+            ", ".join(f"`{rule}` {share:.0f} %" for rule, share in left.items())
+            + f" of {small.sum()}",
+            verdict(min(left["reverse"], left["tanh"]) > left["gradient_descent"]),
+        )
+    )
+    smallest, largest = grid["eta"].min(), grid["eta"].max()
+    stuck, free = (
+        float(np.median(medians["gradient_descent"][grid["eta"] == eta]))
+        for eta in (smallest, largest)
+    )
+    findings.append(
+        Finding(
+            "`gradient_descent` is stuck unless η is already large",
+            "stuck",
+            f"median f {stuck:.1e} at η = {smallest:g}, {free:.1e} at η = {largest:g}",
+            verdict(stuck > 0.9 and free < 0.1),
+        )
+    )
     finals = {
         (rule, eta): landscape.excess(path[:, -1])
         for rule, by_eta in paths.items()

@@ -71,7 +71,7 @@ def curvature(settings: Settings, progress: Progress) -> Result:
     stride = max(1, (steps - _WARMUP) // 100)
     rows = [
         {"beta": b, "gamma": g, "seed": seed, "step": _WARMUP + k + 1,
-         "estimated": float(e[seed, k]), "true": float(t[seed, k])}
+         "estimated": float(f"{e[seed, k]:.5g}"), "true": float(f"{t[seed, k]:.5g}")}
         for (b, g), e, t in zip(_CURVATURE, estimated, true, strict=True)
         for seed in range(seeds)
         for k in range(0, e.shape[1], stride)
@@ -195,10 +195,13 @@ def _curvature_findings(summary: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 _BASES = ("pca", "push")
 _TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sgd": ("sgd", {"learning_rate": 0.3}),
+    "sgd 0.1": ("sgd", {"learning_rate": 0.1}),
+    "sgd 0.3": ("sgd", {"learning_rate": 0.3}),
+    "sgd 1": ("sgd", {"learning_rate": 1.0}),
     "pca": ("ogr_subspace", {"eta": 0.1, "d": 10, "basis": "pca"}),
     "push": ("ogr_subspace", {"eta": 0.1, "d": 10, "basis": "push"}),
 }
+_SGD = tuple(name for name, (method, _) in _TRAININGS.items() if method == "sgd")
 _K = 10
 _CHUNK = 10  # steps of one call, so that one compilation serves all intervals
 _ENERGY = {20: 0.27, 100: 0.55, 400: 0.86}  # specification: share of ‖∇F‖² in the top 10
@@ -234,8 +237,8 @@ def subspace(settings: Settings, progress: Progress) -> Result:
                 progress((i + done / seeds) / len(_TRAININGS))
     with mpl.rc_context(plots.STYLE):
         figure = _draw_subspace(rows, at)
-    header = ("step", "‖∇F‖² in the top 10: SGD", "pca", "push", "overlap of the basis: pca",
-              "push", "‖∇F‖² in the basis: pca", "push")  # fmt: skip
+    header = ("step", "‖∇F‖² in the top 10: SGD 0.1", "SGD 0.3", "SGD 1", "pca", "push",
+              "overlap of the basis: pca", "push", "‖∇F‖² in the basis: pca", "push")  # fmt: skip
     table = [
         [str(step)]
         + [f"{100 * _mean(rows, b, step, 'energy_top'):.0f} %" for b in _TRAININGS]
@@ -246,12 +249,12 @@ def subspace(settings: Settings, progress: Progress) -> Result:
     return Result(
         title="Subspace: gradients and the top eigenspace of the Hessian",
         text=(
-            f"A {_NETWORK}, {seeds} seed(s), trained by SGD (rate 0.3) and by `ogr_subspace` with "
+            f"A {_NETWORK}, {seeds} seed(s), trained by SGD at three rates (how the specification "
+            "trained is not recorded, and it matters) and by `ogr_subspace` with "
             f"{_K} directions (η 0.1, both bases, the rest at its default). The gradient is that "
             "of the whole training loss, the eigenspace that of its ten largest Hessian "
             "eigenvalues (Lanczos); the overlap of the modelled basis V with it is ‖VU‖²/10, 1 for "
-            "the same space and "
-            "0.004 for a random one."
+            "the same space and 0.004 for a random one."
         ),
         figure=figure,
         rows=rows,
@@ -299,8 +302,8 @@ def _draw_subspace(rows: Sequence[Mapping[str, Any]], at: Sequence[int]) -> Figu
         ("energy_basis", "‖∇F‖² in the modelled basis, share"),
     )
     for axis, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        for index, training in enumerate(_BASES if key != "energy_top" else (*_BASES, "sgd")):
-            name = "SGD" if training == "sgd" else f"ogr_subspace, {training}"
+        for index, training in enumerate((*_BASES, *_SGD) if key == "energy_top" else _BASES):
+            name = f"ogr_subspace, {training}" if training in _BASES else training.upper()
             mean = [_mean(rows, training, step, key) for step in at]
             axis.plot(at, mean, marker="o", markersize=4, label=name, **plots.look(index))
             for seed in {r["seed"] for r in rows}:
@@ -310,13 +313,13 @@ def _draw_subspace(rows: Sequence[Mapping[str, Any]], at: Sequence[int]) -> Figu
         axis.set(xscale="log", ylim=(-0.02, 1.02), xlabel="step", title=title)
         axis.set_xticks(at, [str(step) for step in at], minor=False)
         axis.minorticks_off()
-    first, second, _ = figure.axes
+    first, second, third = figure.axes
     first.plot(list(_ENERGY), list(_ENERGY.values()), "x", color="black", markersize=8,
                label="specification")  # fmt: skip
     for index, basis in enumerate(_BASES):
         second.plot(list(_OVERLAP[basis]), list(_OVERLAP[basis].values()), "x", markersize=8,
                     color=plots.look(index)["color"], label=f"specification, {basis}")  # fmt: skip
-    first.legend(fontsize=8)
+    third.legend(*first.get_legend_handles_labels(), fontsize=8, loc="upper right")
     second.legend(fontsize=8)
     return figure
 
@@ -324,34 +327,39 @@ def _draw_subspace(rows: Sequence[Mapping[str, Any]], at: Sequence[int]) -> Figu
 def _subspace_findings(rows: Sequence[Mapping[str, Any]], at: Sequence[int]) -> list[Finding]:
     findings = []
     for step in sorted(set(at) & set(_ENERGY)):
-        energy = _mean(rows, "sgd", step, "energy_top")
+        energies = [_mean(rows, sgd, step, "energy_top") for sgd in _SGD]
+        inside = min(energies) <= _ENERGY[step] <= max(energies)
         findings.append(
-            Finding(f"Step {step} of SGD: share of ‖∇F‖² in the top 10",
-                    f"{100 * _ENERGY[step]:.0f} %", f"{100 * energy:.0f} %",
-                    ratio_verdict(energy, _ENERGY[step], 1.5))
-        )  # fmt: skip
+            Finding(
+                f"Step {step} of SGD: share of ‖∇F‖² in the top 10",
+                f"{100 * _ENERGY[step]:.0f} %",
+                ", ".join(f"{100 * energy:.0f}" for energy in energies)
+                + " % at the rates 0.1, 0.3, 1",
+                f"the specification's lies {'within' if inside else 'outside'} this range",
+            )
+        )
         for basis in _BASES:
             overlap, reference = _mean(rows, basis, step, "overlap"), _OVERLAP[basis][step]
-            agrees = abs(overlap - reference) <= 0.15
             findings.append(
                 Finding(f"Step {step}: overlap of the {basis} basis", f"{reference:.2f}",
-                        f"{overlap:.2f}", f"{'agrees' if agrees else 'does not agree'} within 0.15")
+                        f"{overlap:.2f}", f"differs by {overlap - reference:+.2f}")
             )  # fmt: skip
-    late, own = (_mean(rows, t, at[-1], "energy_top") for t in ("sgd", "pca"))
+    late = [_mean(rows, sgd, at[-1], "energy_top") for sgd in _SGD]
+    own = _mean(rows, "pca", at[-1], "energy_top")
     found, pushed = (_mean(rows, basis, at[-1], "overlap") for basis in _BASES)
     return [
         *findings,
         Finding(
             "Gradients lie mainly in a 10-dimensional top eigenspace (Section IV.C)",
             "mainly",
-            f"{100 * late:.0f} % at step {at[-1]} of SGD",
-            verdict(late > 0.5),
+            f"{100 * min(late):.0f} … {100 * max(late):.0f} % at step {at[-1]} of SGD",
+            f"holds for {sum(share > 0.5 for share in late)} of {len(late)} rates",
         ),
         Finding(
             "They still do where those directions are modelled (`ogr_subspace`, pca)",
             "not stated",
             f"{100 * own:.0f} % at step {at[-1]}",
-            "as with SGD" if own > 0.8 * late else "less: the modelled steps remove that part",
+            "no less than with SGD" if own >= min(late) else "less than with SGD at any rate",
         ),
         Finding(
             "Online PCA of the gradients finds it",

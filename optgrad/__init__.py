@@ -2,6 +2,7 @@
 
 from optgrad import baselines
 from optgrad.core.diagnostics import diagnostics
+from optgrad.core.gauss_newton import gauss_newton_diagonal
 from optgrad.core.oracles import gradient_variance, per_example_grads, value_grad_and_variance
 from optgrad.dissecting_adam import (
     adam_sign,
@@ -34,12 +35,28 @@ from optgrad.online_regression import (
     ogr_subspace,
     scale_by_momentum_sgd_hybrid,
 )
+from optgrad.step_size_planning import csawg, csawg_repeated
 from optgrad.registry import Method, Tunable, create, get_method, inject, methods, register
+from optgrad.step_size import (
+    delta_bar_delta,
+    idbd,
+    l4,
+    l4_adam,
+    l4_momentum,
+    lossgrad,
+    polyak,
+    sps,
+    vsgd,
+    vsgd_fd,
+)
+from optgrad.wrappers import MultiSteps, MultiStepsState
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Method",
+    "MultiSteps",
+    "MultiStepsState",
     "Tunable",
     "adam_sign",
     "adam_star",
@@ -48,10 +65,19 @@ __all__ = [
     "adaptive_sgd_c",
     "baselines",
     "create",
+    "csawg",
+    "csawg_repeated",
+    "delta_bar_delta",
     "diagnostics",
+    "gauss_newton_diagonal",
     "get_method",
     "gradient_variance",
+    "idbd",
     "inject",
+    "l4",
+    "l4_adam",
+    "l4_momentum",
+    "lossgrad",
     "m_ssd",
     "m_svag",
     "m_svag_mb",
@@ -65,6 +91,7 @@ __all__ = [
     "ogr_full",
     "ogr_subspace",
     "per_example_grads",
+    "polyak",
     "register",
     "scale_by_adam_sign",
     "scale_by_adam_star",
@@ -75,7 +102,10 @@ __all__ = [
     "scale_by_momentum_sgd_hybrid",
     "scale_by_ssd",
     "scale_by_svag",
+    "sps",
     "ssd",
     "svag",
     "value_grad_and_variance",
+    "vsgd",
+    "vsgd_fd",
 ]

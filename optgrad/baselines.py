@@ -78,14 +78,21 @@ def lbfgs(
     return optax.lbfgs(learning_rate, memory_size, scale_init_precond, search)
 
 
-def polyak(
+def polyak_sgd(
     max_learning_rate: float = 1.0,
     scaling: optax.ScalarOrSchedule = 1.0,
     f_min: float = 0.0,
     eps: float = 0.0,
     variant: str = "sps",
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.polyak_sgd`: the step (f − f_min)/|g|², capped; needs value."""
+    """`optax.polyak_sgd`, as it is: the step (f − f_min)/|g|², capped; needs value.
+
+    Its ``scaling`` s multiplies the gradient before that is squared: the step is
+    min((f − f_min)/(s|g|²), s·γ_max), so that s = 2 halves it wherever the cap is inactive, where
+    optax's documentation says s·min((f − f_min)/|g|², γ_max). Use `optgrad.polyak`, whose
+    ``scaling`` is that. (optax also returns 0 where |g| < 1.5e-8, and with ``variant="sps"`` goes
+    uphill where f < f_min.)
+    """
     return optax.polyak_sgd(max_learning_rate, scaling, f_min, eps, variant)
 
 
@@ -275,13 +282,13 @@ for _method in (
         cost=2.0,
     ),
     Method(
-        name="polyak",
-        factory=polyak,
+        name="polyak_sgd",
+        factory=polyak_sgd,
         scale_by=optax.scale_by_polyak,
         family="baselines",
-        title="SGD with the Polyak step size",
+        title="SGD with the Polyak step size (optax)",
         reference='N. Loizou et al., "Stochastic Polyak Step-size for SGD", 2021',
-        equation="θ ← θ − min((f − f*)/(|g|² + ε), γ_max)·g",
+        equation="θ ← θ − min((f − f*)/(s|g|²), s·γ_max)·g; s·min((f − f*)/|g|², γ_max) is polyak",
         needs=frozenset({"value"}),
         static_args=("variant",),
         tunes=Tunable("max_learning_rate", 1e-3, 1e2),

@@ -26,6 +26,10 @@ EXTRAS: Mapping[str, str] = {
     "per_example_grads": "gradients of every example, leading batch axis on each leaf",
     "gradient_variance": "estimated variance of the minibatch gradient, a tree like the gradient; "
     "a method that lists it beside per_example_grads takes either",
+    "curvature_diagonal": "nonnegative diagonal of the Hessian or Gauss-Newton matrix of the "
+    "batch's loss, a tree like the gradient",
+    "features": "the inputs x_i of a linear model, a tree like the gradient; "
+    "a method that lists it beside curvature_diagonal takes either",
     "residual_fn": "params -> residual vector of a least-squares loss",
     "outputs_fn": "params -> network outputs on the batch",
 }

@@ -47,7 +47,7 @@ def per_example_grads(
        [-3. -4.]]
     """
     size = batch_size(batch)
-    chunk = _microbatch_size(microbatch_size, size)
+    chunk = examples_at_once(microbatch_size, size)
     grad_fn = jax.grad(loss_fn)
     if chunk == size:
         return jax.vmap(grad_fn, in_axes=(None, 0))(params, batch)
@@ -123,7 +123,7 @@ def value_grad_and_variance(
     """
     size = batch_size(batch)
     _check_enough(size, "batch")
-    chunk = _microbatch_size(microbatch_size, size)
+    chunk = examples_at_once(microbatch_size, size)
     value_and_grad = jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0))
 
     def moments(examples: chex.ArrayTree) -> tuple[chex.Array, optax.Updates, optax.Updates]:
@@ -209,7 +209,12 @@ def _check_enough(size: int, name: str) -> None:
         )
 
 
-def _microbatch_size(microbatch_size: int | None, size: int) -> int:
+def examples_at_once(microbatch_size: int | None, size: int) -> int:
+    """The size of a micro-batch, all of the batch by default.
+
+    Raises:
+      TypeError, ValueError: unless it is a positive integer or None.
+    """
     if microbatch_size is None:
         return size
     if isinstance(microbatch_size, bool) or not isinstance(microbatch_size, int):

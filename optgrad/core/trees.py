@@ -5,7 +5,8 @@ the parameters with a leading axis of d directions on every leaf; it is never ra
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -80,6 +81,27 @@ def ordered_after(x: chex.Array, y: chex.Array) -> chex.Array:
     return x + 0 * y.astype(x.dtype)
 
 
+def in_turn(never: chex.Array, first: chex.ArrayTree, *rest: chex.ArrayTree) -> tuple[Any, ...]:
+    """The trees, each but the first with a data dependency on the one before it.
+
+    Serves the same end as `ordered_after` where numbers need not be finite: each array is selected
+    against the one before it by a scalar that is false, of which XLA does not know it. Hand the new
+    values over in an order in which each one comes after all that are computed from the buffer
+    that it overwrites.
+
+    Args:
+      never: a traced scalar that is never true.
+      first: a tree.
+      *rest: trees of the same structure and shapes.
+    """
+    ordered = [first]
+    for tree in rest:
+        ordered.append(
+            jax.tree.map(lambda x, y: jnp.where(never, y.astype(x.dtype), x), tree, ordered[-1])
+        )
+    return tuple(ordered)
+
+
 def project(basis: chex.ArrayTree, x: chex.ArrayTree) -> chex.Array:
     """Coordinates ⟨v_i, x⟩ of ``x`` along the d directions of ``basis``, shape (d,).
 
@@ -131,3 +153,28 @@ def spread(values: chex.Array, tree: chex.ArrayTree) -> chex.ArrayTree:
     if values.ndim == 0:
         return jax.tree.unflatten(structure, [values] * len(leaves))
     return jax.tree.unflatten(structure, [values[i] for i in range(len(leaves))])
+
+
+def map_several(
+    count: int,
+    function: Callable[..., Sequence[chex.Array]],
+    tree: chex.ArrayTree,
+    *rest: chex.ArrayTree,
+) -> tuple[Any, ...]:
+    """`jax.tree.map` of a function with several results, as that many trees.
+
+    Args:
+      count: how many results.
+      function: leaves -> a sequence of ``count`` arrays.
+      tree: decides the structure.
+      *rest: trees of the same structure.
+
+    Examples:
+      >>> map_several(2, lambda x, y: (x + y, x * y), {"a": 2}, {"a": 3})
+      ({'a': 5}, {'a': 6})
+    """
+    structure: Any = jax.tree.structure(tree)
+    columns = [structure.flatten_up_to(other) for other in rest]
+    leaves = jax.tree.leaves(tree)
+    rows = [function(*row) for row in zip(leaves, *columns, strict=True)]
+    return tuple(structure.unflatten([row[i] for row in rows]) for i in range(count))

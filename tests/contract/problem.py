@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -18,6 +19,7 @@ import optgrad
 
 STEPS = 4
 EXAMPLES = 3  # per batch
+FEW_PARAMETERS = 100  # so few that a dense Hessian costs nothing
 
 LossFn = Callable[[Any, Any], jax.Array]  # (params, example) -> loss of that example
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -48,6 +50,26 @@ class Oracle:
     def gradient_variance(self) -> Any:
         return optgrad.value_grad_and_variance(self.loss_fn, self.params, self.batch)[2]
 
+    def curvature_diagonal(self) -> Any:
+        """The diagonal of the Hessian.
+
+        For many parameters the sums of its rows, which are the same if each parameter has a loss
+        of its own.
+        """
+
+        def product(v: Any) -> Any:
+            return jax.jvp(jax.grad(self.value_fn), (self.params,), (v,))[1]
+
+        flat, unravel = jax.flatten_util.ravel_pytree(self.params)
+        if flat.size > FEW_PARAMETERS:
+            return product(jax.tree.map(jnp.ones_like, self.params))
+        columns = jax.vmap(lambda v: jax.flatten_util.ravel_pytree(product(unravel(v)))[0])
+        return unravel(jnp.diagonal(columns(jnp.eye(flat.size, dtype=flat.dtype))))
+
+    def features(self) -> Any:
+        """Inputs of a linear model of the same curvature."""
+        return jax.tree.map(jnp.sqrt, self.curvature_diagonal())
+
 
 BUILDERS: Mapping[str, Callable[[Oracle], Any]] = {
     "value": lambda oracle: oracle.value_and_grad[0],
@@ -55,22 +77,32 @@ BUILDERS: Mapping[str, Callable[[Oracle], Any]] = {
     "value_fn": lambda oracle: oracle.value_fn,
     "per_example_grads": Oracle.per_example_grads,
     "gradient_variance": Oracle.gradient_variance,
+    "curvature_diagonal": Oracle.curvature_diagonal,
+    "features": Oracle.features,
 }
 
-# A method that lists both takes either; the first is passed unless a test asks for the other.
-EITHER = ("gradient_variance", "per_example_grads")
+# A method that lists both of a pair takes either; the first is passed unless a test asks for the
+# other.
+EITHER = (("gradient_variance", "per_example_grads"), ("curvature_diagonal", "features"))
 
 
-def names_of_extras(method: optgrad.Method, prefer: str = EITHER[0]) -> list[str]:
+def alternatives(method: optgrad.Method) -> list[tuple[str, str]]:
+    """The pairs of keyword arguments of which the method takes either."""
+    return [pair for pair in EITHER if method.needs.issuperset(pair)]
+
+
+def names_of_extras(method: optgrad.Method, prefer: str | None = None) -> list[str]:
     """The keyword arguments that the method's ``update`` is given, no more than it needs."""
     names = method.needs - {"params"}
-    if names.issuperset(EITHER):
-        names = names - set(EITHER) | {prefer}
+    for pair in alternatives(method):
+        chosen = prefer if prefer in pair else pair[0]
+        names = names - set(pair) | {chosen}
     return sorted(names)
 
 
-def takes_either(method: optgrad.Method) -> bool:
-    return method.needs.issuperset(EITHER)
+def accepted_for(method: optgrad.Method, name: str) -> tuple[str, ...]:
+    """That argument, and the one that the method takes instead of it."""
+    return next((pair for pair in alternatives(method) if name in pair), (name,))
 
 
 def is_function(name: str) -> bool:
@@ -89,7 +121,7 @@ def build(method: optgrad.Method, name: str, oracle: Oracle) -> Any:
 
 
 def gradient_and_extras(
-    method: optgrad.Method, loss_fn: LossFn, params: Any, batch: Any, prefer: str = EITHER[0]
+    method: optgrad.Method, loss_fn: LossFn, params: Any, batch: Any, prefer: str | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """The gradient at ``params`` and the extra arguments that go with it, to be traced."""
     oracle = Oracle(loss_fn, params, batch)
@@ -275,7 +307,7 @@ def make_step(
     method: optgrad.Method,
     optimizer: Any,
     loss_fn: LossFn = quadratic_loss,
-    prefer: str = EITHER[0],
+    prefer: str | None = None,
 ) -> Step:
     """A whole training step to be traced, (params, state, batch) -> (params, state)."""
 
@@ -424,9 +456,12 @@ def is_elementwise(name: str) -> bool:
     """Whether no coordinate's update depends on another coordinate's gradient, nor on the loss.
 
     Found by trying, past the first steps in which some methods only gather statistics: one entry
-    of the gradients is changed, and no other parameter may move.
+    of the gradients is changed, and no other parameter may move. On a linear loss, what depends on
+    the loss may look as if it did not; it says that it needs it.
     """
     method = optgrad.get_method(name)
+    if "value" in method.needs:
+        return False
     pairs = 8 * ((0.3, 2.0), (-0.2, 0.7), (0.1, -1.0))
     plain = linear_run(method, [slope_like(s) for s, _ in pairs])[0]
     changed = linear_run(method, [slope_like(s, w=w) for s, w in pairs])[0]

@@ -65,4 +65,4 @@ def test_missing_extras_are_refused(method):
         given = {name: extra for name, extra in extras.items() if name != missing}
         with pytest.raises(Exception) as error:  # noqa: PT011  baselines raise what they like
             optimizer.update(grad, state, params, **given)
-        check_message(method, error, problem.EITHER if missing in problem.EITHER else [missing])
+        check_message(method, error, problem.accepted_for(method, missing))

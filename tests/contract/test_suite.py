@@ -30,7 +30,7 @@ def test_failures_are_of_baselines_and_have_reasons():
 
 @pytest.mark.parametrize(
     ("name", "elementwise"),
-    [("sgd", True), ("adam", True), ("m_svag", True), ("polyak", False), ("lbfgs", False)],
+    [("sgd", True), ("adam", True), ("m_svag", True), ("polyak_sgd", False), ("lbfgs", False)],
 )
 def test_elementwise_methods_are_recognised(name, elementwise):
     assert problem.is_elementwise(name) == elementwise

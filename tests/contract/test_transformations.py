@@ -1,5 +1,7 @@
 """jit, scan and vmap change nothing but the speed."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,10 +91,10 @@ def test_vmap_over_runs(method):
         problem.assert_close(actual, separate, rtol=1e-4)
 
 
-@pytest.mark.methods_where(predicate=problem.takes_either)
+@pytest.mark.methods_where(predicate=problem.alternatives)
 @pytest.mark.parametrize("tree", ["standard", "none", "empty", "zero_size", "scalar"])
 def test_either_extra_argument(method, tree):
-    """The gradient's variance, or the per-example gradients it is computed from."""
+    """The gradient's variance, or the per-example gradients it is computed from; and the like."""
     if tree == "standard":
         single = problem.standard()
     else:
@@ -102,10 +104,11 @@ def test_either_extra_argument(method, tree):
     @jax.jit
     def run(params, batches):
         runs = []
-        for name in problem.EITHER:
+        for name in itertools.chain(*problem.alternatives(method)):
             step = problem.make_step(method, optimizer, prefer=name)
             runs.append(problem.scan(step, params, optimizer.init(params), batches))
         return runs
 
-    first, second = run(single.params, single.batches)
-    problem.assert_close(first, second)
+    first, *others = run(single.params, single.batches)
+    for other in others:
+        problem.assert_close(other, first)

@@ -43,6 +43,6 @@ FAILURES: dict[tuple[str, str], Failure] = {
     ("lbfgs", "dtypes[mixed_in_x64]"): Failure(AssertionError, _MIXED),
     ("lbfgs", "odd_trees[empty]"): Failure(IndexError, _EMPTY),
     ("lbfgs", "odd_trees[only_none]"): Failure(IndexError, _EMPTY),
-    ("polyak", "dtypes[mixed]"): Failure(AssertionError, _MIXED),
-    ("polyak", "dtypes[mixed_in_x64]"): Failure(AssertionError, _MIXED),
+    ("polyak_sgd", "dtypes[mixed]"): Failure(AssertionError, _MIXED),
+    ("polyak_sgd", "dtypes[mixed_in_x64]"): Failure(AssertionError, _MIXED),
 }

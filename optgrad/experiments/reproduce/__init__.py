@@ -15,7 +15,10 @@ from matplotlib.figure import Figure
 
 from optgrad.core import checks
 
-_MODULES = {"online-parabola": "online_parabola"}  # name on the command line -> module
+_MODULES = {  # name on the command line -> module
+    "online-parabola": "online_parabola",
+    "step-size-planning": "step_size_planning",
+}
 
 Progress = Callable[[float], None]  # called with the fraction of a figure that is done
 
@@ -104,7 +107,7 @@ def reproductions() -> tuple[str, ...]:
 
     Examples:
       >>> reproductions()
-      ('online-parabola',)
+      ('online-parabola', 'step-size-planning')
     """
     return tuple(_MODULES)
 

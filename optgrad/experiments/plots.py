@@ -13,6 +13,7 @@ from optgrad.experiments.compare import Comparison
 
 # Okabe & Ito's colours, distinguishable with colour-blindness; line styles repeat the distinction.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_FEW = 6  # lines whose legend fits into a panel
 _STYLES = ("-", "--", "-.", ":")
 _PANELS = (
     ("train_loss", "training loss", True),
@@ -74,8 +75,7 @@ def curves(comparison: Comparison) -> Figure:
             axis.set_ylim(max(0.0, lowest_start - 0.05), min(1.0, axis.get_ylim()[1]))
             axis.axhline(comparison.target_accuracy, color="0.6", linewidth=0.8, linestyle=":")
         axis.set(xlabel="step", title=title)
-    if axes[-1].lines:
-        axes[-1].legend(loc="lower right")
+    _add_legend(figure, axes[-1], "lower right")
     return figure
 
 
@@ -105,9 +105,19 @@ def sensitivity(comparison: Comparison) -> Figure:
         ylabel=f"best {select_by.replace('_', ' ')}",
         title=f"{comparison.problem}: sensitivity",
     )
-    if axis.lines:
-        axis.legend()
+    _add_legend(figure, axis, "best")
     return figure
+
+
+def _add_legend(figure: Figure, axis: Axes, place: str) -> None:
+    """The legend within the panel, or beside it where it would hide the lines."""
+    handles, labels = axis.get_legend_handles_labels()
+    if len(labels) <= _FEW:
+        if labels:
+            axis.legend(loc=place)
+        return
+    figure.set_figwidth(figure.get_figwidth() + 2.0)
+    figure.legend(handles, labels, loc="outside right upper")
 
 
 def look(index: int) -> dict[str, Any]:

@@ -112,8 +112,9 @@ def ogr_diagonal_subspace(
       ...     optimizer = optgrad.ogr_diagonal_subspace(mix, lr_max=1.0)
       ...     theta = jnp.array([1.0, 0.5])
       ...     state = optimizer.init(theta)
+      ...     update = jax.jit(optimizer.update)
       ...     for _ in range(100):
-      ...         updates, state = optimizer.update(jax.grad(valley)(theta), state, theta)
+      ...         updates, state = update(jax.grad(valley)(theta), state, theta)
       ...         theta = optax.apply_updates(theta, updates)
       ...     losses.append(valley(theta))
       >>> bool(losses[1] < losses[0])

@@ -101,8 +101,9 @@ def ogr_full(
       >>> optimizer = optgrad.ogr_full(lr_max=0.5)
       >>> theta = jnp.array([1.0, 0.5])
       >>> state = optimizer.init(theta)
+      >>> update = jax.jit(optimizer.update)
       >>> for _ in range(100):
-      ...     updates, state = optimizer.update(jax.grad(valley)(theta), state, theta)
+      ...     updates, state = update(jax.grad(valley)(theta), state, theta)
       ...     theta = optax.apply_updates(theta, updates)
       >>> print(state.diagnostics()["curvatures"].round(1), bool(valley(theta) < 1e-6))
       [ 0.2 20. ] True

@@ -143,8 +143,9 @@ def ogr_subspace(
       >>> optimizer = optgrad.ogr_subspace(eta=0.01, d=2)
       >>> theta = jnp.ones(5)
       >>> state = optimizer.init(theta)
+      >>> update = jax.jit(optimizer.update)
       >>> for _ in range(60):
-      ...     updates, state = optimizer.update(jax.grad(valley)(theta), state, theta)
+      ...     updates, state = update(jax.grad(valley)(theta), state, theta)
       ...     theta = optax.apply_updates(theta, updates)
       >>> print(state.curvatures.shape, bool(valley(theta) < 2.0))
       (2,) True

@@ -84,11 +84,15 @@ def copies(hlo, size):
 def compiled_for_memory(lowered):
     """The program scheduled for little memory, as on accelerators.
 
-    XLA's default on CPU is to start whatever can be started, with as many temporaries alive.
+    XLA's default on CPU is to start whatever can be started, with as many temporaries alive. The
+    code generator is the default one, which is faster for many fusions (see tests/conftest.py).
     """
+    options = {
+        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+        "xla_cpu_use_fusion_emitters": True,
+    }
     try:
-        option = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-        return lowered.compile(compiler_options=option)
+        return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError:  # versions of XLA that have no such option
         return lowered.compile()
 

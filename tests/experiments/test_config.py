@@ -90,7 +90,8 @@ def test_the_defaults_are_the_papers_four_on_digits():
 def test_the_configurations_of_the_repository_load(path):
     loaded = load_config(path)
     given = tomllib.loads(path.read_text(encoding="utf-8"))
-    assert [o.method for o in loaded.optimizers] == given["optimizers"]
+    methods = [o if isinstance(o, str) else o["method"] for o in given["optimizers"]]
+    assert [o.method for o in loaded.optimizers] == methods
     assert (loaded.dataset, loaded.steps) == (given["dataset"], given["steps"])
     assert loaded.steps % loaded.eval_every == 0
 

@@ -66,6 +66,7 @@ def test_figure_in_quick_mode(name, tmp_path):
     check_figure(name, tmp_path)
 
 
+@pytest.mark.slow
 def test_lattices_of_two_methods_in_quick_mode(tmp_path, monkeypatch):
     monkeypatch.setattr(online_parabola, "_family", lambda: ["ogr1dc", "ogr_subspace"])
     result = check_figure("lattices", tmp_path)
@@ -176,6 +177,7 @@ def test_verdicts_follow_from_the_numbers(measured, expected):
 # What is measured -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_beale_table_agrees_with_the_printed_values():
     result = online_parabola.beale3d(reproduce.Settings(), lambda fraction: None)
     assert {r["printed"] for r in result.rows} == {4.654, 0.0417, 0.0074, 0.0120, 0.00384}

@@ -139,6 +139,7 @@ def test_saddle_repels_where_the_sign_is_controlled(sign, eta, bound):
     assert np.all(np.mean(values < bound, axis=1) > 0.85)
 
 
+@pytest.mark.slow
 def test_saddle_holds_gradient_descent_and_too_short_steps():
     held = saddle_values("gradient_descent", 1e-3)
     assert np.mean(held > 0.9) > 0.9

@@ -156,6 +156,7 @@ def beale_lattice(optimizer, steps=300):
     return float(jnp.exp(jnp.mean(jnp.log(values))))
 
 
+@pytest.mark.slow
 def test_beale_lattice():
     """Far above the rates that gradient descent survives, and best with the author's settings."""
     assert beale_lattice(co.create("ogr_diagonal")) < 0.1

@@ -101,6 +101,7 @@ def test_box(x64, correlation_one):
     np.testing.assert_allclose(np.asarray(updates) - diagonal, expected, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correlation_one", [False, True])
 def test_without_mixing_it_is_the_diagonal_model(x64, correlation_one):
     """w = 0."""
@@ -116,6 +117,7 @@ def test_full_mixing_leaves_nothing_of_the_diagonal_step_inside(x64):
     assert np.max(np.abs(np.asarray(updates - diagonal)[WARMUP:])) > 1e-2
 
 
+@pytest.mark.slow
 def test_notebook_preset_on_3d_beale():
     """With the notebooks' settings the mixture is ahead of the diagonal model."""
     mixed = geometric_means(optgrad.ogr_diagonal_subspace(0.4, d=2, paper=True))
@@ -123,6 +125,7 @@ def test_notebook_preset_on_3d_beale():
     assert np.mean(np.log(mixed)) < np.mean(np.log(alone)) - 0.1
 
 
+@pytest.mark.slow
 def test_notebook_preset_contains_ogr_diagonal(x64):
     """The notebooks' preset without mixing is that of `ogr_diagonal`."""
     whole = optgrad.ogr_diagonal_subspace(0.0, d=2, paper=True)

@@ -225,7 +225,7 @@ def test_full_hessian_box(x64, options, changes, position):
     np.testing.assert_allclose(path[:20], box(**changes)[:20], atol=1e-10)
 
 
-@pytest.mark.parametrize("position", ["measured", "trusted"])
+@pytest.mark.parametrize("position", ["measured", pytest.param("trusted", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("period", [10, 4, 1])
 def test_diagonal_box(x64, period, position):
     """One curvature per direction, and rotations when due."""
@@ -242,7 +242,9 @@ def rows(basis):
     return np.asarray(basis.rotation) @ stacked
 
 
-@pytest.mark.parametrize("d", [1, 2, 4])
+@pytest.mark.parametrize(
+    "d", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_notebook_box(x64, d):
     """The notebooks' settings; the first step is that from tiny vectors."""
     optimizer = optgrad.ogr_subspace(d=d, paper=True)
@@ -261,6 +263,7 @@ def test_boxes_are_told_apart():
         assert all(np.max(np.abs(path - other)) > 1e-4 for other in paths[:i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("d", "printed", "starts"), [(1, 0.0074, 1), (2, 0.0120, 2)])
 def test_3d_beale(d, printed, starts):
     """The author's values, within a factor of 1.5 for the mean of several starts and noises."""
@@ -284,6 +287,7 @@ def rosenbrock_run(optimizer, steps=2000):
     return loss(x), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["pca", "push"])
 @pytest.mark.parametrize("lr_max", [1.0, 10.0])
 def test_rosenbrock(basis, lr_max):
@@ -318,6 +322,7 @@ def test_basis_stays_orthonormal(basis):
     assert 0 < np.max(recorded) < 1e-4
 
 
+@pytest.mark.slow
 def test_pca_finds_the_steep_directions():
     """Of the top three eigenvectors of a Hessian most is in the basis; ``push`` does not learn."""
     scales = jnp.concatenate([jnp.array([10.0, 8.0, 6.0]), jnp.full(47, 0.1)])
@@ -412,6 +417,7 @@ def test_state_size(options, vectors):
     assert entries(1100) - entries(100) == vectors * 1000
 
 
+@pytest.mark.slow
 def test_gradients_in_few_directions():
     """Fewer independent gradients than directions: nothing is made up, nothing is NaN."""
     optimizer = optgrad.ogr_subspace(d=4, eta=0.1)

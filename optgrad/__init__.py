@@ -35,7 +35,6 @@ from optgrad.online_regression import (
     ogr_subspace,
     scale_by_momentum_sgd_hybrid,
 )
-from optgrad.step_size_planning import csawg, csawg_repeated
 from optgrad.registry import Method, Tunable, create, get_method, inject, methods, register
 from optgrad.step_size import (
     delta_bar_delta,
@@ -49,6 +48,7 @@ from optgrad.step_size import (
     vsgd,
     vsgd_fd,
 )
+from optgrad.step_size_planning import csawg, csawg_repeated
 from optgrad.wrappers import MultiSteps, MultiStepsState
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optgrad.experiments import data as data_lib
-from optgrad.experiments import reproduce
+from optgrad.experiments import engine, reproduce
 from optgrad.experiments.reproduce import (
     planning_convex,
     planning_mnist,
@@ -47,7 +47,7 @@ COLUMNS = {
         "train_loss",
     ],
 }  # fmt: skip
-SLOW = {"quadratics", "noise", "starts"}  # many programs to compile
+SLOW = {"quadratics", "noise", "starts", "mnist"}  # many programs to compile
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,35 @@ def test_figure_of_invented_runs(name, tmp_path, monkeypatch):
     planned = {"csawg", "csawg_repeated"}
     assert {m for m in methods if m[0] in planned} == {(m, v) for m in planned for v in (0, 1)}
     assert {("sgd", False), ("momentum", False)} <= set(methods)
+
+
+def test_mnist_of_invented_histories(tmp_path, monkeypatch):
+    trained = []
+
+    class Trainer:
+        def __init__(self, problem, method, hyperparams, *, eval_every):
+            trained.append((method.name, hyperparams.get("verify", False)))
+            self.eval_every = eval_every
+
+        def train(self, runs, steps):
+            evaluations = np.arange(0, steps + 1, self.eval_every)
+            curve = np.tile(np.linspace(2, 0.5, len(evaluations)), (len(runs.seeds), 1))
+            if trained[-1] == ("csawg", False):
+                curve[:, 1:] = np.nan
+            names = ("test_loss", "test_accuracy", "train_loss")
+            diverged = np.zeros(len(runs.seeds), int)
+            return engine.History(evaluations, dict.fromkeys(names, curve), diverged, 0.0)
+
+    monkeypatch.setattr(planning_mnist.engine, "Trainer", Trainer)
+    result = planning_mnist.mnist(reproduce.Settings(), lambda fraction: None)
+    planned = {(m, v) for m in ("csawg", "csawg_repeated") for v in (False, True)}
+    assert set(trained) == {("sgd", False), ("momentum", False), *planned}
+    lost = [r for r in result.rows if r["diverged"]]
+    assert {(r["method"], r["verify"]) for r in lost} == {("K2", False), ("K10", False)}
+    assert all(r["test_loss"] is None and r["diverged"] == r["runs"] for r in lost)
+    assert verdicts(result)["Runs that diverge, without and with verification"] == "holds"
+    report_lib.write(PAPER, {"mnist": result}, QUICK, tmp_path / "out")
+    assert "| K2 | diverged | diverged | diverged |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def check_figure(name, tmp_path):

@@ -109,7 +109,7 @@ def sensitivity(comparison: Comparison) -> Figure:
     return figure
 
 
-def _add_legend(figure: Figure, axis: Axes, place: str) -> None:
+def _add_legend(figure: Figure, axis: Axes, place: Any) -> None:
     """The legend within the panel, or beside it where it would hide the lines."""
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) <= _FEW:

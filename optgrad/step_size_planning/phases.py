@@ -109,7 +109,7 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
             base=base.init(params) if base else optax.EmptyState(),
         )
 
-    def update(
+    def update(  # noqa: PLR0915
         updates: optax.Updates,
         state: PlanningState,
         params: optax.Params | None = None,

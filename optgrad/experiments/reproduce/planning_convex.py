@@ -256,11 +256,11 @@ def _convergence_findings(runs: _Convex, errors: dict[str, Any]) -> list[Finding
         values = errors[f"Csawg K{k}"][:9001]
         line = _rates(len(values))[1]
         start = lib.below_from(values[line > 1e-300], line[line > 1e-300])
-        spec = {2: "142", 10: "730", 100: "never within 9000", 1000: "never within 9000"}[k]
+        spec = {2: "from 142 on", 10: "from 730 on"}.get(k, "never within 9000")
         findings.append(
             Finding(
                 f"Csawg K{k} surpasses the line (1 − √(μ/L))ᵗ",
-                f"“may be orders higher”; specification: below it from {spec} on",
+                f"“may be orders higher”; specification: below it {spec}",
                 f"from iteration {start:,} on" if start is not None else "not within these runs",
                 verdict(True) if start is not None else "does not hold within these iterations",
             )

@@ -223,7 +223,7 @@ def _speedup_findings(runs: _Single) -> list[Finding]:
         ratios = _speedups(runs, k)
         literal, near = ratios[0], np.append(ratios[2:], ratios[0])
         lost, near = np.sum(near < 1), near[near >= 1]
-        diverging = f", {lost} of which diverge" if lost else ""
+        diverging = f", of which {lost} diverge(s)" if lost else ""
         inside = near.min() <= _PAPER[k] <= near.max()
         close = abs(literal / _PAPER[k] - 1) < 0.02
         found.append(

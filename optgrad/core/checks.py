@@ -22,6 +22,7 @@ def check_in_range(
     *,
     low_open: bool = False,
     high_open: bool = False,
+    or_infinite: bool = False,
 ) -> None:
     """Raises unless a concrete number lies in a range.
 
@@ -35,6 +36,7 @@ def check_in_range(
       high: largest accepted value.
       low_open: whether ``low`` itself is refused.
       high_open: whether ``high`` itself is refused.
+      or_infinite: whether +∞, "no limit", is accepted.
 
     Raises:
       TypeError: for a bool, a string, ``None`` or another thing that is no number.
@@ -46,21 +48,23 @@ def check_in_range(
       ...
       ValueError: beta = 1.0 is outside its range [0, 1)
     """
-    accepted = _interval(low, high, low_open, high_open)
+    accepted = _interval(low, high, low_open, high_open, or_infinite)
     if callable(value) or isinstance(value, jax.Array | np.ndarray):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} = {value!r} is not a number; accepted: {accepted}")
     number: Any = value  # compared as it is: a large integer has no float
+    if or_infinite and number == math.inf:
+        return
     above = number > low if low_open or low == -math.inf else number >= low
     below = number < high if high_open or high == math.inf else number <= high
     if not (above and below):
         raise ValueError(f"{name} = {value} is outside its range {accepted}")
 
 
-def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
+def _interval(low: float, high: float, low_open: bool, high_open: bool, or_infinite: bool) -> str:
     left = "(" if low_open or low == -math.inf else "["
-    right = ")" if high_open or high == math.inf else "]"
+    right = ")" if (high_open or high == math.inf) and not or_infinite else "]"
     return f"{left}{low:g}, {high:g}{right}"
 
 

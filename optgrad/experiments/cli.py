@@ -291,7 +291,8 @@ def reproduce(  # noqa: PLR0917  typer reads the options from the signature
         raise _refuse(error) from None
     for result in found.values():
         rows = reproduction_report.findings_rows(result)
-        console.print(_table(reproduction_report.FINDINGS_HEADER, rows, title=result.title))
+        header = reproduction_report.FINDINGS_HEADER
+        console.print(_table(header, rows, title=result.title, shares=(3, 2, 2, 2)))
     console.print(f"Figures, numbers and report: {folder}", highlight=False, soft_wrap=True)
 
 
@@ -328,10 +329,12 @@ def _make_with_progress(makers: Any, settings: Any) -> dict[str, Any]:
     return found
 
 
-def _table(header: Any, rows: Any, title: str | None = None) -> Table:
+def _table(header: Any, rows: Any, title: str | None = None, shares: Any = None) -> Table:
+    """A table; ``shares`` divides the width among columns of long text, which are wrapped."""
     table = Table(title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for i, column in enumerate(header):
-        table.add_column(column, no_wrap=i == 0, overflow="fold")
+        share = shares[i] if shares else None
+        table.add_column(column, no_wrap=i == 0 and not shares, overflow="fold", ratio=share)
     for row in rows:
         table.add_row(*row)
     return table

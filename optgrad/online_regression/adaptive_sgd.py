@@ -99,7 +99,8 @@ def adaptive_sgd(
       sigma_theta: σθ⁰ > 0, the initial spread of positions; default 0.01, with ``paper`` 1.
       sigma_gradient: σg⁰ ≥ 0, the initial spread of gradients; default 0, with ``paper`` 1.
       initial_step: length > 0 of the first step in each coordinate, from which σθ⁰ follows if σg⁰
-        is 0; instead of ``sigma_theta``. The default σθ⁰ gives 0.077.
+        is 0; instead of ``sigma_theta``. The default σθ⁰ gives 0.077. Where α begins with 0, the
+        length that α = 1 would give.
       position: ``"mean"`` stores the mean position; ``"displacement"`` the distance from it and the
         previous parameters (one vector more; exact where θ moves by less than 10⁻⁵ of its size);
         ``"trusted"`` the distance only, right if updates are applied as they are. Parameters that
@@ -166,6 +167,7 @@ def adaptive_sgd(
         lr_max=lr_max,
         sigma_theta=initial_step if sigma_theta is None else sigma_theta,
         position=position,
+        state_dtype=state_dtype,
     )
     checks.check_in_range("beta_variance", beta_variance, 0.0, 1.0, low_open=True, high_open=True)
     _check_epsilon(epsilon, lr_max)
@@ -184,7 +186,9 @@ def adaptive_sgd(
         deviation = sigma_theta
         if deviation is None:  # |first step| = α·σθ0·√(old/new)/β, whatever the gradient
             old, new = moment_weights(count)
-            length = cw.at(alpha, count) * jnp.sqrt(old / new) / cw.at(beta, count)
+            confidence = cw.at(alpha, count)
+            confidence = jnp.where(confidence > 0, confidence, 1.0)  # of a warm-up from 0
+            length = confidence * jnp.sqrt(old / new) / cw.at(beta, count)
             deviation = initial_step / length
         return AdaptiveSGDState(
             count=count,

@@ -161,6 +161,7 @@ def adaptive_sgd_c(
         lr_max=lr_max,
         sigma_theta=sigma_theta,
         position=position,
+        state_dtype=state_dtype,
     )
     checks.check_in_range("gamma", gamma, 0.0, high_open=True)
     checks.check_one_of("noise", noise, NOISES)

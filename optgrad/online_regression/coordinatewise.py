@@ -215,8 +215,10 @@ def check_common(
     lr_max: Any,
     sigma_theta: Any,
     position: str,
+    state_dtype: Any | None,
 ) -> None:
     """Raises unless the arguments that all methods have are in range."""
+    checks.check_float_dtype("state_dtype", state_dtype)
     checks.check_in_range("alpha", alpha, 0.0, low_open=True, high_open=True)
     checks.check_in_range("beta", beta, 0.0, 1.0, low_open=True, high_open=True)
     check_limits(lr_min, lr_max)
@@ -226,9 +228,8 @@ def check_common(
 
 def check_limits(lr_min: Any, lr_max: Any) -> None:
     """Raises unless 0 ≤ lr_min ≤ lr_max, where lr_max may be infinite."""
-    is_number = isinstance(lr_max, numbers.Real) and not isinstance(lr_max, bool)
-    if not (is_number and lr_max == math.inf):
-        checks.check_in_range("lr_max", lr_max, 0.0, low_open=True)
+    checks.check_in_range("lr_max", lr_max, 0.0, low_open=True, or_infinite=True)
+    is_number = isinstance(lr_max, numbers.Real)
     checks.check_in_range("lr_min", lr_min, 0.0, float(lr_max) if is_number else math.inf)
 
 

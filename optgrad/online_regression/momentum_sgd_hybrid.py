@@ -25,6 +25,7 @@ def scale_by_momentum_sgd_hybrid(
     """The direction of `momentum_sgd_hybrid`: g, and at every k-th step g + Λ·m."""
     checks.check_in_range("large", large, 0.0, high_open=True)
     checks.check_count("period", period, 1)
+    checks.check_float_dtype("state_dtype", state_dtype)
 
     def init(params: optax.Params) -> MomentumSGDHybridState:
         zeros = averages.zeros_like_average(params, state_dtype)

@@ -5,6 +5,7 @@ a·v + b·v̂ of what is stored, with scalars a and b, so that all inner product
 in one pass over the tree and the update is the second and last one.
 """
 
+import numbers
 from typing import Any, NamedTuple
 
 import chex
@@ -53,12 +54,18 @@ def check_settings(
     checks.check_in_range("alpha", settings.alpha, 0.0, high_open=True)
     checks.check_in_range("beta", settings.beta, 0.0, 1.0, high_open=True)
     checks.check_in_range("gamma", settings.gamma, 0.0, 1.0, high_open=True)
-    checks.check_in_range("epsilon", settings.epsilon, 0.0, low_open=True)
-    for name, value in (("clip_sigmas", settings.clip_sigmas), ("lr_max", settings.lr_max)):
-        if not (isinstance(value, float) and value == np.inf):  # no such guard
-            checks.check_in_range(name, value, 0.0, low_open=True)
+    for name in ("epsilon", "clip_sigmas", "lr_max"):
+        value = getattr(settings, name)
+        checks.check_in_range(name, value, 0.0, low_open=True, or_infinite=True)
     checks.check_one_of("step", rule.step, STEPS)
     checks.check_one_of("negative_curvature", rule.negative_curvature, NEGATIVE_CURVATURES)
+    limit = settings.lr_max
+    is_infinite = isinstance(limit, numbers.Real) and limit == np.inf
+    if rule.negative_curvature == "tanh" and is_infinite and not rule.paper:
+        raise ValueError(
+            "negative_curvature = 'tanh' with lr_max = inf; accepted: a finite lr_max, the scale "
+            "1/λ0 of tanh(λ/λ0), or negative_curvature = 'reverse', which is its limit"
+        )
     checks.check_count("warmup_steps", warmup_steps, 1)
     checks.check_float_dtype("state_dtype", state_dtype)
 

@@ -131,6 +131,7 @@ def ogr_diagonal(
         lr_max=lr_max,
         sigma_theta=sigma_theta,
         position=position,
+        state_dtype=state_dtype,
     )
     if gamma is not None:
         checks.check_in_range("gamma", gamma, 0.0, 1.0, high_open=True)

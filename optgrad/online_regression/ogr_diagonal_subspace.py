@@ -101,8 +101,8 @@ def ogr_diagonal_subspace(
       parameter size (one more with ``paper``).
 
     Raises:
-      ValueError: for a hyperparameter outside its range, in ``init`` if ``d`` exceeds the number
-        of parameters, and in ``update`` if ``params`` is None.
+      ValueError: for a hyperparameter outside its range, for ``correlation_one`` with ``paper``, in
+        ``init`` if ``d`` exceeds the number of parameters, and in ``update`` if ``params`` is None.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optgrad
@@ -128,6 +128,11 @@ def ogr_diagonal_subspace(
     the gradient that it projects; ``ridge`` and warm-up are guards.
     """
     checks.check_in_range("mix", mix, 0.0, 1.0)
+    if paper and correlation_one:
+        raise ValueError(
+            "correlation_one = True with paper = True; accepted: one of them (the notebooks have "
+            "no such variant of this method)"
+        )
     alpha, beta, lr_max, kind, basis_rate, ridge = _resolve(
         paper, alpha=alpha, beta=beta, lr_max=lr_max, basis=basis, rate=basis_rate, ridge=ridge
     )

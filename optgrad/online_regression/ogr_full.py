@@ -129,7 +129,7 @@ def ogr_full(
     checks.check_in_range("beta", beta, 0.0, 1.0, high_open=True)
     checks.check_in_range("gamma", gamma, 0.0, 1.0, high_open=True)
     if epsilon is not None:
-        checks.check_in_range("epsilon", epsilon, 0.0, low_open=True)
+        checks.check_in_range("epsilon", epsilon, 0.0, low_open=True, or_infinite=True)
     checks.check_in_range("lr_max", lr_max, 0.0, low_open=True, high_open=True)
     checks.check_in_range("ridge", ridge, 0.0, high_open=True)
     checks.check_count("max_size", max_size, 1)

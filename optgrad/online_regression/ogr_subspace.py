@@ -348,7 +348,8 @@ def _resolve(given: dict[str, Any]) -> _Options:
     for name in ("beta", "gamma"):
         checks.check_in_range(name, getattr(o, name), 0.0, 1.0, high_open=True)
     if o.epsilon is not None:
-        checks.check_in_range("epsilon", o.epsilon, 0.0, low_open=True)
+        checks.check_in_range("epsilon", o.epsilon, 0.0, low_open=True, or_infinite=True)
+    checks.check_float_dtype("state_dtype", o.state_dtype)
     most = 1.0 if o.basis == "pca" else float("inf")
     checks.check_in_range("basis_rate", o.basis_rate, 0.0, most, high_open=o.basis != "pca")
     for name in ("rotation_steps", "warmup_steps"):

@@ -292,12 +292,17 @@ def hessian(
         # Between two directions without spread there is rounding only, which a ridge would keep.
         solved = jnp.where(seen[:, None] | seen[None, :], solved, 0.0)
         return _matmul(vectors, solved, vectors.T)
-    root = jnp.sqrt(eigenvalues)
+    # Both of size 1, so that their products neither overflow nor underflow.
+    second = jnp.asarray(gradient_covariance)
+    sizes = [jnp.mean(jnp.diagonal(c)) for c in (position_covariance, second)]
+    of_positions, of_gradients = (jnp.where(size > 0, size, 1.0) for size in sizes)
+    root = jnp.sqrt(eigenvalues / of_positions)
     half = _matmul(vectors * root, vectors.T)
     inverse = _matmul(vectors * _divide(jnp.ones(()), root), vectors.T)
-    inner, inner_vectors = jnp.linalg.eigh(_matmul(half, gradient_covariance, half))
+    product = _matmul(half, second / of_gradients, half)
+    inner, inner_vectors = jnp.linalg.eigh(product)
     middle = _matmul(inner_vectors * jnp.sqrt(jnp.maximum(inner, 0.0)), inner_vectors.T)
-    return _matmul(inverse, middle, inverse)
+    return jnp.sqrt(of_gradients) / jnp.sqrt(of_positions) * _matmul(inverse, middle, inverse)
 
 
 def _matmul(*factors: chex.Array) -> chex.Array:

@@ -155,7 +155,10 @@ def follow_principal_components(basis: Basis, found: Residual, rate: chex.Numeri
     The first d independent gradients become directions as they come.
     """
     d = basis.energy.shape[0]
-    rate = jnp.where(found.square > 0, rate, 0.0)  # a vanished gradient says nothing
+    # A vanished gradient says nothing, and one whose square overflows nothing that can be kept.
+    has_square = (found.square > 0) & jnp.isfinite(found.square)
+    found = jax.tree.map(lambda x: jnp.where(has_square, x, jnp.zeros_like(x)), found)
+    rate = jnp.where(has_square, rate, 0.0)
     moments = _moments(basis, found, rate)
     scale = jnp.max(jnp.abs(moments))
     normal = moments / jnp.where(scale > 0, scale, 1.0)

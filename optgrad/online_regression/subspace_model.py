@@ -133,7 +133,8 @@ def diagonal_curvatures(model: Model, ridge: chex.Numeric) -> chex.Array:
     variances = jnp.diagonal(moments.position_covariance)
     variances = variances + ridge * jnp.mean(variances)
     if second is not None:
-        return jnp.sqrt(_divide(jnp.diagonal(second), variances))
+        # What rounding, in turning with the basis, left below 0 counts as 0.
+        return jnp.sqrt(_divide(jnp.maximum(jnp.diagonal(second), 0.0), variances))
     return _divide(jnp.diagonal(moments.covariance), variances)
 
 
@@ -190,13 +191,15 @@ def modelled_step(
       lr_max: largest step size.
       epsilon: largest step before α, or None.
     """
-    rates = step_sizes(curvatures, alpha, lr_max)
+    # min(α/|λ|, lr_max)/α, and finite for α = 0 too, where a schedule may end.
+    bounded = jnp.maximum(jnp.abs(curvatures), _smallest(curvatures.dtype))
+    rates = 1 / jnp.maximum(bounded, jnp.asarray(alpha / lr_max, curvatures.dtype))
     if rule == "regression":
         moments = model.paraboloid
         centre = subspace.sign(curvatures) * moments.mean_position
-        whole = centre - rates / alpha * moments.mean_gradient
+        whole = centre - rates * moments.mean_gradient
     else:
-        whole = -rates / alpha * (at.momentum if rule == "momentum" else at.gradient)
+        whole = -rates * (at.momentum if rule == "momentum" else at.gradient)
     return alpha * (whole if epsilon is None else jnp.clip(whole, -epsilon, epsilon))
 
 
@@ -206,10 +209,15 @@ def _divide(x: chex.Array, y: chex.Array) -> chex.Array:
     return jnp.where(valid, x / jnp.where(valid, y, 1.0), 0.0)
 
 
+def _smallest(dtype: Any) -> Any:
+    """The smallest curvature over which α does not overflow."""
+    return np.finfo(dtype).tiny * 1e3
+
+
 def step_sizes(curvatures: chex.Array, alpha: chex.Numeric, lr_max: chex.Numeric) -> chex.Array:
     """min(α/|λ|, lr_max), entry by entry: the notebooks' 1/max(div·|λ|, cut)."""
-    floor = np.finfo(curvatures.dtype).tiny * 1e3  # so that α over it does not overflow
-    rates = jnp.asarray(alpha, curvatures.dtype) / jnp.maximum(jnp.abs(curvatures), floor)
+    bounded = jnp.maximum(jnp.abs(curvatures), _smallest(curvatures.dtype))
+    rates = jnp.asarray(alpha, curvatures.dtype) / bounded
     return jnp.minimum(rates, jnp.asarray(lr_max, curvatures.dtype))
 
 

@@ -292,10 +292,9 @@ def hessian(
         # Between two directions without spread there is rounding only, which a ridge would keep.
         solved = jnp.where(seen[:, None] | seen[None, :], solved, 0.0)
         return _matmul(vectors, solved, vectors.T)
-    # Both of size 1, so that their products neither overflow nor underflow.
+    # Both of about size 1, so that their products neither overflow nor underflow.
     second = jnp.asarray(gradient_covariance)
-    sizes = [jnp.mean(jnp.diagonal(c)) for c in (position_covariance, second)]
-    of_positions, of_gradients = (jnp.where(size > 0, size, 1.0) for size in sizes)
+    of_positions, of_gradients = (_even_power(jnp.trace(c)) for c in (position_covariance, second))
     root = jnp.sqrt(eigenvalues / of_positions)
     half = _matmul(vectors * root, vectors.T)
     inverse = _matmul(vectors * _divide(jnp.ones(()), root), vectors.T)
@@ -303,6 +302,12 @@ def hessian(
     inner, inner_vectors = jnp.linalg.eigh(product)
     middle = _matmul(inner_vectors * jnp.sqrt(jnp.maximum(inner, 0.0)), inner_vectors.T)
     return jnp.sqrt(of_gradients) / jnp.sqrt(of_positions) * _matmul(inverse, middle, inverse)
+
+
+def _even_power(x: chex.Array) -> chex.Array:
+    """A power of 4 near x > 0, by which one divides, and by its root, without rounding; 1 for 0."""
+    exponent = jnp.frexp(x)[1] // 2 * 2
+    return jnp.where(x > 0, jnp.ldexp(jnp.ones_like(x), exponent), 1.0)
 
 
 def _matmul(*factors: chex.Array) -> chex.Array:

@@ -114,8 +114,9 @@ def csawg_repeated(
 
     Deviations from the paper: the text's :math:`w(i) \leftarrow w(i) - \alpha(i) g_k` must
     read :math:`g_k(i)`; a denominator of 0 gives α = 0 in Algorithm 2 too, which otherwise divides
-    0 by 0 right after convergence; plans are verified unless ``paper`` is set. One gradient is
-    consumed per ``update``, so that an episode takes P(1 + M) calls.
+    0 by 0 right after convergence; plans are verified unless ``paper`` is set; a projection that is
+    no finite number is not taken. One gradient is consumed per ``update``, so that an episode takes
+    P(1 + M) calls.
     """
     checks.check_count("projections", projections, 1)
     checks.check_count("corrections", corrections, 0)

@@ -9,6 +9,9 @@ import optgrad
 from . import upstream
 
 HERE = Path(__file__).parent
+# What these do in a step takes XLA several times as long to compile as all else: left to one stage
+# of .ci/run. (A method is tested by being registered; it needs not be named here.)
+SLOW = {"ogr_subspace", "ogr_diagonal_subspace"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {method.name: i for i, method in enumerate(optgrad.methods())}
     for item in items:
         if method := method_of(item):
+            if method.name in SLOW:
+                item.add_marker(pytest.mark.slow)
             failure = upstream.FAILURES.get((method.name, property_of(item)))
             if failure is not None:
                 mark = pytest.mark.xfail(strict=True, raises=failure.raises, reason=failure.reason)

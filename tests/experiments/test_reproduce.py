@@ -56,7 +56,7 @@ def test_all_seven_figures_are_there():
     assert list(PAPER.figures) == list(COLUMNS)
 
 
-SLOW = {"lattices", "subspace"}
+SLOW = {"lattices", "subspace", "saddle", "beale3d", "curvature"}
 
 
 @pytest.mark.parametrize(

@@ -70,3 +70,22 @@ def require_params(params: optax.Params | None) -> optax.Params:
             "optimizer.update(gradient, state, params)"
         )
     return params
+
+
+def require_value(value: Any) -> chex.Array:
+    """The loss as a scalar of at least float32.
+
+    Raises:
+      ValueError: if it is missing, or is not one number.
+    """
+    if value is None:
+        raise ValueError(
+            "value = None; accepted: the loss at params, a scalar, "
+            "optimizer.update(gradient, state, params, value=loss)"
+        )
+    value = jnp.asarray(value, averages.scalar_dtype())
+    if value.shape:
+        raise ValueError(
+            f"value has the shape {value.shape}; accepted: a scalar, the mean loss of the batch"
+        )
+    return value

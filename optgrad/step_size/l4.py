@@ -55,7 +55,8 @@ def l4(
     Returns:
       A `GradientTransformationExtraArgs` whose state holds one vector of parameter size and the
       direction's state. Its ``update`` needs ``value``, the loss, and what the direction needs.
-      Where the loss or the inner product is not finite the step is skipped, the direction's too.
+      Where the loss or the gradient is not finite the step is skipped, the direction's too; where
+      only the inner product overflows, the step is 0.
 
     Raises:
       TypeError: if ``direction`` is not a transformation.

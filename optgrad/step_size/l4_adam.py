@@ -63,8 +63,8 @@ def l4_adam(
 
     Returns:
       A `GradientTransformationExtraArgs` whose state holds two vectors of parameter size. Its
-      ``update`` needs ``value``, the loss. Where the loss or the inner product is not finite the
-      step is skipped: nothing changes but a counter.
+      ``update`` needs ``value``, the loss. Where the loss or the gradient is not finite the step
+      is skipped: nothing changes but a counter; where only the inner product overflows, it is 0.
 
     Raises:
       ValueError: if an argument is outside its range, or if ``update`` is not given ``value``.

@@ -52,7 +52,7 @@ class StepRule:
         checks.check_in_range("f_min", self.f_min, -math.inf, high_open=True)
         checks.check_in_range("min_loss_factor", self.min_loss_factor, 0.0, 1.0)
         checks.check_in_range("initial_factor", self.initial_factor, 0.0, 1.0)
-        checks.check_in_range("forget_time", self.forget_time, 0.0, low_open=True)
+        checks.check_in_range("forget_time", self.forget_time, 0.0, low_open=True, or_infinite=True)
         checks.check_in_range("epsilon", self.epsilon, 0.0, high_open=True)
         if self.max_learning_rate is not None:
             checks.check_in_range("max_learning_rate", self.max_learning_rate, 0.0, low_open=True)
@@ -81,7 +81,8 @@ class StepRule:
         step = jnp.minimum(at(self.fraction) * reach, loss_based.LARGEST)
         if self.max_learning_rate is not None:
             step = jnp.minimum(step, at(self.max_learning_rate))
-        return step, lowest * (1 + 1 / at(self.forget_time))
+        relaxed = lowest * (1 + 1 / at(self.forget_time))
+        return step, jnp.where(lowest > 0, relaxed, 0.0)
 
 
 class Sample(NamedTuple):
@@ -124,7 +125,7 @@ def along(
         value: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, L4State]:
-        value = loss_based.require_value(value)
+        value = transforms.require_value(value)
         taken = jnp.isfinite(value) & jnp.isfinite(loss_based.squared_norm(updates))
         count = optax.safe_increment(state.count)
         weights = averages.sample_weights(

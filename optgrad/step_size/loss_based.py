@@ -64,7 +64,7 @@ def along_gradient(rule: Rule) -> optax.GradientTransformationExtraArgs:
         **extra: Any,
     ) -> tuple[optax.Updates, GradientStepState]:
         del extra
-        value, size = require_value(value), squared_norm(updates)
+        value, size = transforms.require_value(value), squared_norm(updates)
         step = rule(value, size, state)
         taken = jnp.isfinite(value) & jnp.isfinite(size)
         remembered = jnp.where(step > 0, step, state.step_size)
@@ -73,25 +73,6 @@ def along_gradient(rule: Rule) -> optax.GradientTransformationExtraArgs:
         return descend(updates, step, taken, like), kept_unless(taken, new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def require_value(value: Any) -> chex.Array:
-    """The loss as a scalar of at least float32.
-
-    Raises:
-      ValueError: if it is missing, or is not one number.
-    """
-    if value is None:
-        raise ValueError(
-            "value = None; accepted: the loss at params, a scalar, "
-            "optimizer.update(gradient, state, params, value=loss)"
-        )
-    value = jnp.asarray(value, averages.scalar_dtype())
-    if value.shape:
-        raise ValueError(
-            f"value has the shape {value.shape}; accepted: a scalar, the mean loss of the batch"
-        )
-    return value
 
 
 def squared_norm(tree: chex.ArrayTree) -> chex.Array:

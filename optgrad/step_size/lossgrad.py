@@ -146,7 +146,7 @@ def lossgrad(
         **extra: Any,
     ) -> tuple[optax.Updates, LossGradState]:
         del extra
-        losses = _Losses(loss_based.require_value(value), value_fn)
+        losses = _Losses(transforms.require_value(value), value_fn)
         return step(rule, updates, state, params, losses)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -181,7 +181,9 @@ class _Rule:
         initial = transforms.hyperparameter_at(self.initial_step_size, count)
         if self.max_step_size is not None:
             cap = transforms.hyperparameter_at(self.max_step_size, count)
-            factor = jnp.minimum(factor, cap / initial)
+            initial = jnp.asarray(initial, factor.dtype)
+            ratio = cap / jnp.where(initial > 0, initial, 1.0)
+            factor = jnp.where(initial > 0, jnp.minimum(factor, ratio), factor)
         return factor, jnp.minimum(initial * factor, loss_based.LARGEST)
 
     def judge(
@@ -225,7 +227,7 @@ def _judged_now(
     is_finite = jnp.isfinite(value) & jnp.isfinite(size)
     factor, h = rule.limited(state.factor, state.count)
     moved = loss_based.descend(updates, h, is_finite, params)
-    after = loss_based.require_value(value_fn(optax.apply_updates(params, moved)))
+    after = transforms.require_value(value_fn(optax.apply_updates(params, moved)))
     accepted, factor = rule.judge(after - value, h, size, state._replace(factor=factor))
     new = state._replace(
         count=optax.safe_increment(state.count),

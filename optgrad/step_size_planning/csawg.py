@@ -63,12 +63,13 @@ def csawg(
       verify: ``"loss"`` or True judges each plan by ``value``, ``"gradient_norm"`` by
         :math:`\|g\|`: a plan after which it is worse is taken back, and the windows start anew.
         False trusts every plan. Default True, with ``paper`` False. On minibatches the comparison
-        is noisy.
+        is noisy. Taking back is one more update, repeated once to be exact: what comes behind in a
+        chain and shortens it (clipping, a factor) leaves the rest.
       tolerance: κ ≥ 0; a plan stands if the metric after it is at most κ times that before it.
         Use 10 for the gradient norm.
-      abort: factor ≥ 0 beyond which a plan is taken back within the episode already.
+      abort: factor ≥ 0, or infinite, beyond which a plan is taken back within the episode already.
       noise_guard: c ≥ 0; a coordinate is not planned if its numerator is within c roundings of the
-        parameters, c·ε·|w|·√(KΣg²). 16 keeps a converged float32 run from planning by noise.
+        parameters, c·ε·abs(w)·√(KΣg²). 16 keeps a converged float32 run from planning by noise.
       read_back: whether a step's end is read from the parameters of the next call, so that whatever
         follows in a chain is seen, for one vector more. Default True where it can be; with
         ``paper``, ``layout="gradients"`` and ``gradient="reuse"`` updates are taken to be applied
@@ -80,9 +81,10 @@ def csawg(
     Returns:
       A `GradientTransformationExtraArgs` whose state holds, by default, K + 7 vectors of parameter
       size. Its ``update`` needs the parameters and, to verify by the loss, ``value``. A ``value``
-      that is not finite makes it skip the step. The state's ``evaluations``, ``outer_iterations``
-      and ``rejected`` count gradients, ordinary steps outside of episodes, and plans taken back;
-      ``state.step_sizes`` are the planned step sizes while ``state.is_planned``.
+      that is not finite makes it skip the step; gradients are not looked at. The state's
+      ``evaluations``, ``outer_iterations`` and ``rejected`` count gradients, ordinary steps outside
+      of episodes, and plans taken back; ``state.step_sizes`` are the planned step sizes while
+      ``state.is_planned``.
 
     Raises:
       ValueError: if an argument is outside its range or does not go with another, if ``update`` is

@@ -55,9 +55,11 @@ def make_options(
     checks.check_one_of("pairing", pairing, PAIRINGS)
     checks.check_one_of("gradient", gradient, PROJECTION_GRADIENTS)
     checks.check_one_of("layout", layout, ("auto", *windows.LAYOUTS))
-    checks.check_one_of("verify", verify, (None, True, False, *METRICS))
+    if not (verify is None or isinstance(verify, bool)):
+        # As text, because 1 == True.
+        checks.check_one_of("verify", str(verify), (*METRICS, "True", "False", "None"))
     checks.check_in_range("tolerance", tolerance, 0.0, high_open=True)
-    checks.check_in_range("abort", abort, 0.0)
+    checks.check_in_range("abort", abort, 0.0, or_infinite=True)
     checks.check_in_range("noise_guard", noise_guard, 0.0, high_open=True)
     checks.check_float_dtype("ring_dtype", ring_dtype)
     verify = (not paper) if verify is None else verify

@@ -18,7 +18,7 @@ from optgrad.step_size_planning.options import Options
 
 REFERENCE = 'H. Yao, "Learning to Accelerate by the Methods of Step-size Planning", 2022'
 
-ONLINE, PROJECT, CORRECT = 0, 1, 2  # phases
+ONLINE, PROJECT, CORRECT, RESTORE = 0, 1, 2, 3  # phases
 
 # Arguments of both methods that may not be traced.
 STATIC = (
@@ -40,7 +40,7 @@ class PlanningState(NamedTuple):
     evaluations: chex.Array  # gradients consumed, int32, shape ()
     outer_iterations: chex.Array  # ordinary steps outside of episodes, int32, shape ()
     rejected: chex.Array  # plans that were taken back, int32, shape ()
-    phase: chex.Array  # 0 ordinary steps, 1 projection, 2 correction, int32, shape ()
+    phase: chex.Array  # 0 ordinary, 1 projection, 2 correction, 3 return, int32, shape ()
     slot: chex.Array  # step of the window, in [0, K), int32, shape ()
     projection: chex.Array  # projections done in this episode, int32, shape ()
     correction: chex.Array  # corrections done of this projection, int32, shape ()
@@ -122,8 +122,9 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
             transforms.hyperparameter_at(x, state.evaluations)
             for x in (learning_rate, options.noise_guard, options.tolerance, options.abort)
         )
+        value = None if value is None else transforms.require_value(value)
         metric = _metric(options.verify, updates, value)
-        has_value = jnp.asarray(True) if value is None else jnp.isfinite(jnp.asarray(value))
+        has_value = jnp.asarray(True) if value is None else jnp.isfinite(value)
         s = state
 
         def record(position: optax.Params, gradient: optax.Updates, when: chex.Array) -> Any:
@@ -136,11 +137,13 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
 
         # Is this call to take a plan back, or else which of the three kinds of step to take?
         begins = (s.phase == PROJECT) & (s.projection == 0)
-        restores = jnp.asarray(False)
+        rejects = restores = jnp.asarray(False)
         if options.verify:
             factor = jnp.where(s.phase == ONLINE, tolerance, abort)
-            judges = s.is_checked | ((s.phase != ONLINE) & ~begins)
-            restores = judges & ~_is_within(metric, s.saved_metric, factor)
+            judges = s.is_checked | ((s.phase == PROJECT) & ~begins) | (s.phase == CORRECT)
+            rejects = judges & ~_is_within(metric, s.saved_metric, factor)
+            # Twice: from far away, the first time leaves the rounding of the large numbers there.
+            restores = rejects | (s.phase == RESTORE)
             s = _save(s, params, metric, begins & has_value)
         acts = has_value & ~restores
         online, projects, corrects = (acts & (s.phase == p) for p in (ONLINE, PROJECT, CORRECT))
@@ -152,7 +155,8 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
         # The ordinary step.
         direction = updates
         if base:
-            direction, base_state = base.update(updates, s.base, params, value=value, **extra)
+            given = extra if value is None else {**extra, "value": value}
+            direction, base_state = base.update(updates, s.base, params, **given)
             s = s._replace(base=_where(online | corrects, base_state, s.base))
 
         def ordinary(theta: chex.Array, d: chex.Array) -> chex.Array:
@@ -198,7 +202,7 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
         in_episode = projects | corrects | ends_at_once
         s = s._replace(window=windows.follow(s.window, moved, in_episode))
         s, steps = _in_place(s, steps, updates, entry)
-        kind = _Kind(online, projects, corrects, restores, ends_at_once)
+        kind = _Kind(online, projects, corrects, rejects, restores, ends_at_once)
         s = _advanced(s, kind, projections, corrections)
         # A matched pair waits for the next gradient that is one.
         waits = online | (s.is_pending & (not is_lagged) & ~(acts | restores))
@@ -208,11 +212,12 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
 
 
 class _Kind(NamedTuple):
-    """Which kind of step a call takes: one of the first four, or none."""
+    """Which kind of step a call takes: one of them, or none."""
 
     online: chex.Array
     projects: chex.Array
     corrects: chex.Array
+    rejects: chex.Array  # whether it is the first of the two that restore
     restores: chex.Array
     ends_at_once: chex.Array  # whether the ordinary step is a projection besides
 
@@ -234,8 +239,8 @@ def _advanced(s: PlanningState, kind: _Kind, projections: int, corrections: int)
     return s._replace(
         evaluations=optax.safe_increment(s.evaluations),
         outer_iterations=s.outer_iterations + kind.online,
-        rejected=s.rejected + kind.restores,
-        phase=unless(kind.restores, phase),
+        rejected=s.rejected + kind.rejects,
+        phase=jnp.where(kind.rejects, RESTORE, unless(kind.restores, phase)),
         slot=unless(kind.restores, s.slot),
         projection=unless(ends | kind.restores, projection),
         correction=unless(is_corrected | kind.restores, correction),
@@ -297,7 +302,7 @@ def _in_place(
 
 
 def _metric(
-    verify: str | None, gradient: optax.Updates, value: chex.Numeric | None
+    verify: str | None, gradient: optax.Updates, value: chex.Array | None
 ) -> chex.Array | None:
     """What a plan is judged by, or None where plans are not judged."""
     dtype = averages.scalar_dtype()
@@ -307,7 +312,7 @@ def _metric(
                 "value = None; accepted: the loss at params, update(…, value=loss), by which "
                 "plans are judged, or verify=False to trust them"
             )
-        return jnp.asarray(value).astype(dtype)
+        return value.astype(dtype)
     if verify == "gradient_norm":
         (squares,) = trees.inner_products((gradient, gradient))
         return jnp.sqrt(jnp.sum(squares)).astype(dtype)
@@ -316,8 +321,10 @@ def _metric(
 
 def _is_within(metric: chex.Array, reference: chex.Array, factor: chex.Numeric) -> chex.Array:
     """Whether metric ≤ factor·reference, for losses of either sign; not where either is NaN."""
-    slack = (jnp.asarray(factor, reference.dtype) - 1) * jnp.abs(reference)
-    return metric <= reference + slack
+    factor = jnp.asarray(factor, reference.dtype)
+    # What overflows, and an infinite factor, is no bound; but an infinite metric is never within.
+    slack = jnp.where(jnp.isinf(factor), jnp.inf, (factor - 1) * jnp.abs(reference))
+    return jnp.isfinite(metric) & (metric <= reference + slack)
 
 
 def _save(

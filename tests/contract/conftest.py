@@ -9,9 +9,11 @@ import optgrad
 from . import upstream
 
 HERE = Path(__file__).parent
-# What these do in a step takes XLA several times as long to compile as all else: left to one stage
-# of .ci/run. (A method is tested by being registered; it needs not be named here.)
+# Left to one stage of .ci/run: what takes XLA several times as long to compile as all else, and
+# optax's own methods, which change with optax only. (A method is tested by being registered; it
+# needs not be named here.)
 SLOW = {"ogr_subspace", "ogr_diagonal_subspace"}
+SLOW |= {method.name for method in optgrad.methods("baselines")}
 
 
 def pytest_configure(config: pytest.Config) -> None:

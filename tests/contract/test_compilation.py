@@ -87,14 +87,13 @@ def compiled_for_memory(lowered):
     XLA's default on CPU is to start whatever can be started, with as many temporaries alive. The
     code generator is the default one, which is faster for many fusions (see tests/conftest.py).
     """
-    options = {
-        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-        "xla_cpu_use_fusion_emitters": True,
-    }
-    try:
-        return lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError:  # versions of XLA that have no such option
-        return lowered.compile()
+    scheduler = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    for options in ({**scheduler, "xla_cpu_use_fusion_emitters": True}, scheduler):
+        try:
+            return lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError:  # versions of XLA that have no such option
+            continue
+    return lowered.compile()
 
 
 def efficiency(method):

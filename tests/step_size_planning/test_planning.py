@@ -251,21 +251,68 @@ def test_rotated_quadratics(x64, dimension):
 
 def test_restored_point_is_the_saved_one(x64):
     """A plan that makes it worse is taken back by exactly its displacement; windows start anew."""
-    optimizer = optgrad.csawg(0.1, 2, read_back=True)
+    optimizer = optgrad.csawg(0.1, 2)
     params = jnp.array([1.0, -2.0])
     state = optimizer.init(params)
-    values, points = [5.0, 4.0, 3.0, 2.0, 1.0, 1.5, 0.9], []
+    values, points = [5.0, 4.0, 3.0, 2.0, 1.0, 1.5, np.nan, 1.0], []
     for value in values:
         points.append(params)
         updates, state = optimizer.update(jnp.array([0.5, 0.3]), state, params, value=value)
         params = params + updates
-    # Calls 1–4 fill the windows, 5 plans at value 1, 6 sees 1.5 > 1 and goes back.
+    # Calls 1–4 fill the windows, 5 plans at value 1, 6 sees 1.5 > 1 and goes back, 7 checks that.
     assert int(state.rejected) == 1
-    np.testing.assert_allclose(points[6], points[4], rtol=1e-15)
+    np.testing.assert_array_equal(points[7], points[4])
     assert not np.allclose(points[5], points[4])
+    np.testing.assert_allclose(params - points[7], [-0.05, -0.03], rtol=1e-12)
     assert not bool(state.is_full)
-    assert int(state.slot) == 0  # the step of call 7 is recorded by call 8
-    assert bool(state.is_pending)
+    assert (int(state.slot), bool(state.is_pending)) == (0, True)  # call 9 records call 8's step
+
+
+def test_restored_from_far_away():
+    """What the rounding of large parameters takes from the way back, the second call gives."""
+    optimizer = optgrad.csawg(0.01, 2)
+
+    def loss(w):
+        return 0.5 * (w[0] - 2) ** 2 + 0.5 * (w[1] - 10 * jnp.maximum(w[0] - 0.5, 0)) ** 2
+
+    params = jnp.array([0.47, 1e-12], jnp.float32)
+    state = optimizer.init(params)
+    points = []
+    for _ in range(8):
+        points.append(params)
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params, value=value)
+        params = params + updates
+    assert int(state.rejected) == 1
+    assert np.abs(points[5]).max() > 1e6
+    np.testing.assert_array_equal(points[7], points[4])
+
+
+@pytest.mark.parametrize("abort", [1e39, np.inf])
+def test_infinite_loss_within_an_episode(abort):
+    """It is worse than any, also where the bound overflows."""
+    optimizer = make(1, {"projections": 2, "corrections": 1}, 0.1, abort=abort)
+    params = jnp.array([1.0, 2.0])
+    state = optimizer.init(params)
+    for value in (5.0, 4.0, 3.0, 2.0, np.inf, 1.0, 1.0):
+        updates, state = optimizer.update(params, state, params, value=value)
+        params = params + updates
+    assert int(state.rejected) == 1
+    assert int(state.phase) == 0
+
+
+def test_loss_is_a_scalar():
+    optimizer = optgrad.csawg(0.1)
+    with pytest.raises(ValueError, match=r"value has the shape \(3,\); accepted: a scalar"):
+        optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2), value=jnp.ones(3))
+
+
+def test_base_without_a_loss():
+    """A base that averages the loss is not handed one that nobody gave."""
+    base = optgrad.MultiSteps(optax.identity(), 2)
+    optimizer = optgrad.csawg(0.1, 2, verify=False, base=base)
+    updates, _ = optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2))
+    np.testing.assert_array_equal(updates, 0.0)
 
 
 def test_abort_within_the_episode(x64):
@@ -480,6 +527,7 @@ def seen_step_sizes(entry):
         ({"gradient": "stale"}, "gradient = 'stale'"),
         ({"layout": "pair"}, "did you mean 'pairs'"),
         ({"verify": "value"}, "verify = 'value'"),
+        ({"verify": 1}, "verify = '1'"),
         ({"tolerance": -1.0}, "tolerance = -1.0"),
         ({"abort": -1.0}, "abort = -1.0"),
         ({"noise_guard": -1.0}, "noise_guard = -1.0"),

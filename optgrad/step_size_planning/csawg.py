@@ -39,9 +39,9 @@ def csawg(
 
     It shines on smooth deterministic problems whose curvature is aligned with the coordinates, with
     γ close to 1/L: on the Rosenbrock function its error after 10,000 gradients is 133 (K = 10) to
-    423 (K = 2) times smaller than that of gradient descent. With γ far below 1/L small windows
-    diverge without verification (K = 2 on 20 of 20 random quadratics at γL = 0.1). On minibatches
-    it is no better than SGD: Σg² is then mostly variance, and α is fitted to noise.
+    370 (K = 2, where rounding decides) times smaller than gradient descent's. With γ far below 1/L
+    small windows diverge without verification (K = 2 on 20 of 20 random quadratics at γL = 0.1). On
+    minibatches it is no better than SGD: Σg² is then mostly variance, and α is fitted to noise.
 
     Args:
       learning_rate: γ ≥ 0 of the ordinary steps; a number, a traced scalar or a schedule (of the

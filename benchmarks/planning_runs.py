@@ -12,13 +12,9 @@ import jax.numpy as jnp
 import optax
 
 import optgrad
+from optgrad.experiments.landscapes import rosenbrock
 
 UPDATES, STARTS = 10_000, 64
-
-
-def rosenbrock(w: jax.Array) -> jax.Array:
-    """The function that the paper's experiments are on."""
-    return (1 - w[0]) ** 2 + 100 * (w[1] - w[0] ** 2) ** 2
 
 
 def seconds(optimizer: optax.GradientTransformationExtraArgs) -> float:

@@ -105,6 +105,19 @@ def zeros_like_average(tree: chex.ArrayTree, dtype: Any | None = None) -> chex.A
     return jax.tree.map(lambda x: jnp.zeros_like(x, dtype or average_dtype(x)), tree)
 
 
+def full_like_average(
+    tree: chex.ArrayTree, value: chex.Numeric, dtype: Any | None = None
+) -> chex.ArrayTree:
+    """A vector of equal entries, in the types of `zeros_like_average`.
+
+    Examples:
+      >>> print(full_like_average(jnp.ones(2, jnp.bfloat16), 0.5))
+      [0.5 0.5]
+    """
+    zeros = zeros_like_average(tree, dtype)
+    return jax.tree.map(lambda zero: zero + jnp.asarray(value, zero.dtype), zeros)
+
+
 def average_dtype(x: Any) -> Any:
     """The type in which averages of ``x`` are kept: its own, but at least float32."""
     return jnp.promote_types(jnp.result_type(x), jnp.float32)

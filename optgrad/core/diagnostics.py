@@ -1,9 +1,13 @@
 """What the optimizers model, read from their states."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optgrad.core import averages
 
 
 def diagnostics(state: Any) -> dict[str, chex.Array]:
@@ -43,3 +47,44 @@ def diagnostics(state: Any) -> dict[str, chex.Array]:
 
 def _is_model(state: Any) -> bool:
     return callable(getattr(state, "diagnostics", None))
+
+
+class Summary(NamedTuple):
+    """Of the positive entries of a tree."""
+
+    geomean: chex.Array
+    min: chex.Array
+    max: chex.Array
+
+
+def summarize(numerator: Any, denominator: Any | None = None) -> Summary:
+    """Geometric mean, minimum and maximum of the positive entries of a tree, zeros if none is.
+
+    Args:
+      numerator: the tree.
+      denominator: a tree by whose positive entries it is divided, without under- or overflow.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> found = summarize(jnp.array([1.0, 4.0, -1.0]))
+      >>> print(*(f"{x:.1f}" for x in found))
+      2.0 1.0 4.0
+    """
+    dtype = averages.scalar_dtype()
+    tiny = np.finfo(dtype).tiny
+    total, number = jnp.zeros((), dtype), jnp.zeros((), dtype)
+    least, most = jnp.asarray(jnp.inf, dtype), jnp.asarray(-jnp.inf, dtype)
+    divided = [numerator] if denominator is None else [numerator, denominator]
+    for leaves in zip(*map(jax.tree.leaves, divided), strict=True):
+        over, *under = (x.astype(dtype) for x in leaves)
+        valid = over > tiny
+        for y in under:
+            valid &= y > tiny
+        logs = jnp.log(jnp.where(valid, over, 1.0))
+        for y in under:
+            logs -= jnp.log(jnp.where(valid, y, 1.0))
+        total, number = total + jnp.sum(logs), number + jnp.sum(valid, dtype=dtype)
+        least = jnp.minimum(least, jnp.min(logs, where=valid, initial=jnp.inf))
+        most = jnp.maximum(most, jnp.max(logs, where=valid, initial=-jnp.inf))
+    logarithms = (total / jnp.maximum(number, 1.0), least, most)
+    return Summary(*(jnp.where(number > 0, jnp.exp(x), 0.0) for x in logarithms))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, checks, transforms
+from optgrad.core import averages, checks, diagnostics, transforms
 from optgrad.online_regression import coordinatewise as cw
 from optgrad.online_regression import parabola
 from optgrad.registry import Method, Tunable, register
@@ -31,7 +31,7 @@ class AdaptiveSGDState(NamedTuple):
           ``step_size_geomean``, ``step_size_min``, ``step_size_max``: geometric mean, smallest and
           largest σθ/σg, before α, ε, floor and cap; scalars, 0 before the first gradient.
         """
-        step_size = cw.summarize(self.position_variance, self.gradient_variance)
+        step_size = diagnostics.summarize(self.position_variance, self.gradient_variance)
         return {f"step_size_{name}": jnp.sqrt(x) for name, x in step_size._asdict().items()}
 
 
@@ -194,8 +194,8 @@ def adaptive_sgd(
             count=count,
             position=cw.init_position(params, position, state_dtype),
             mean_gradient=averages.zeros_like_average(params, state_dtype),
-            position_variance=cw.full_like_average(params, deviation**2, state_dtype),
-            gradient_variance=cw.full_like_average(params, sigma_gradient**2, state_dtype),
+            position_variance=averages.full_like_average(params, deviation**2, state_dtype),
+            gradient_variance=averages.full_like_average(params, sigma_gradient**2, state_dtype),
         )
 
     def update(

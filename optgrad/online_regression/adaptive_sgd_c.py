@@ -182,9 +182,9 @@ def adaptive_sgd_c(
             count=count,
             position=cw.init_position(params, position, state_dtype),
             mean_gradient=averages.zeros_like_average(params, state_dtype),
-            position_variance=cw.full_like_average(params, sigma_theta**2, state_dtype),
+            position_variance=averages.full_like_average(params, sigma_theta**2, state_dtype),
             covariance=averages.zeros_like_average(params, state_dtype),
-            noise_variance=cw.full_like_average(
+            noise_variance=averages.full_like_average(
                 like, variance, None if noise == "tensor" else state_dtype
             ),
         )

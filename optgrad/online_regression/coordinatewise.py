@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, checks, transforms, trees
+from optgrad.core import averages, checks, diagnostics, transforms, trees
 
 FORMS = ("mean", "displacement", "trusted")
 
@@ -87,12 +87,6 @@ def init_position(
     return Position(jax.tree.map(stored, params), previous)
 
 
-def full_like_average(params: optax.Params, value: chex.Numeric, dtype: Any | None) -> Any:
-    """A vector of equal entries, in the types of `averages.zeros_like_average`."""
-    zeros = averages.zeros_like_average(params, dtype)
-    return jax.tree.map(lambda z: z + jnp.asarray(value, z.dtype), zeros)
-
-
 def update_coordinates(
     rule: Rule,
     grads: optax.Updates,
@@ -122,8 +116,9 @@ def update_coordinates(
     """
 
     def one(
-        g: chex.Array, theta: chex.Array, stored: chex.Array, before: Any, *old: chex.Array
+        theta: chex.Array, g: chex.Array, stored: chex.Array, *old: chex.Array
     ) -> tuple[chex.Array, ...]:
+        old, before = (old[:-1], old[-1]) if form == "displacement" else (old, None)
         dtype = averages.average_dtype(theta)
 
         def wide(x: chex.Array) -> chex.Array:
@@ -144,16 +139,9 @@ def update_coordinates(
         kept = (x.astype(y.dtype) for x, y in zip((centre, *new), (stored, *old), strict=True))
         return step, *kept, *rest
 
-    structure: Any = jax.tree.structure(params)
-    leaves = jax.tree.leaves(params)
-    stores = (position.stored, position.previous, *vectors)
-    columns = [
-        [None] * len(leaves) if tree is None else structure.flatten_up_to(tree) for tree in stores
-    ]
-    gradients = structure.flatten_up_to(grads)
-    rows = [one(*row) for row in zip(gradients, leaves, *columns, strict=True)]
-    width = 2 + len(vectors) + (form == "displacement")
-    updates, stored, *rest = (structure.unflatten([row[i] for row in rows]) for i in range(width))
+    stores = [position.stored, *vectors]
+    stores += [position.previous] if form == "displacement" else []
+    updates, stored, *rest = trees.map_several(1 + len(stores), one, params, grads, *stores)
     previous = rest.pop() if form == "displacement" else None
     return updates, Position(stored, previous), tuple(rest)
 
@@ -249,34 +237,6 @@ def divide(x: chex.Array, y: chex.Array) -> chex.Array:
     return jnp.where(valid, x / jnp.where(valid, y, 1.0), 0.0)
 
 
-class Summary(NamedTuple):
-    """Of the positive entries of a tree."""
-
-    geomean: chex.Array  # geometric mean, shape ()
-    min: chex.Array  # smallest, shape ()
-    max: chex.Array  # largest, shape ()
-
-
-def summarize(numerator: Any, denominator: Any) -> Summary:
-    """Geometric mean, minimum and maximum of numerator/denominator where both are positive.
-
-    Zeros if that is nowhere.
-    """
-    dtype = averages.scalar_dtype()
-    total, number = jnp.zeros((), dtype), jnp.zeros((), dtype)
-    least, most = jnp.asarray(jnp.inf, dtype), jnp.asarray(-jnp.inf, dtype)
-    for x, y in zip(jax.tree.leaves(numerator), jax.tree.leaves(denominator), strict=True):
-        x, y = x.astype(dtype), y.astype(dtype)  # noqa: PLW2901
-        tiny = np.finfo(dtype).tiny
-        valid = (x > tiny) & (y > tiny)
-        logs = jnp.log(jnp.where(valid, x, 1.0)) - jnp.log(jnp.where(valid, y, 1.0))
-        total, number = total + jnp.sum(logs), number + jnp.sum(valid, dtype=dtype)
-        least = jnp.minimum(least, jnp.min(logs, where=valid, initial=jnp.inf))
-        most = jnp.maximum(most, jnp.max(logs, where=valid, initial=-jnp.inf))
-    logarithms = (total / jnp.maximum(number, 1.0), least, most)
-    return Summary(*(jnp.where(number > 0, jnp.exp(x), 0.0) for x in logarithms))
-
-
 def mean_of(tree: Any) -> chex.Array:
     """Mean of all entries of a tree; 0 of none."""
     dtype = averages.scalar_dtype()
@@ -293,9 +253,9 @@ def curvatures(position_variance: Any, covariance: Any) -> dict[str, chex.Array]
       the fraction of all coordinates where λ < 0; ``step_size_geomean``, ``step_size_min``,
       ``step_size_max`` of 1/|λ|, before confidence and limits. Scalars, 0 where there is none.
     """
-    size = summarize(jax.tree.map(jnp.abs, covariance), position_variance)
+    size = diagnostics.summarize(jax.tree.map(jnp.abs, covariance), position_variance)
     inverse = (size.geomean, size.max, size.min)
-    reciprocals = Summary(*(divide(jnp.ones_like(x), x) for x in inverse))
+    reciprocals = diagnostics.Summary(*(divide(jnp.ones_like(x), x) for x in inverse))
     return {
         **{f"curvature_{name}": x for name, x in size._asdict().items()},
         "curvature_negative": mean_of(jax.tree.map(lambda c: c < 0, covariance)),

@@ -148,7 +148,7 @@ def ogr_diagonal(
             count=count,
             position=cw.init_position(params, position, state_dtype, at_origin=paper),
             mean_gradient=zeros(),
-            position_variance=cw.full_like_average(params, prior, state_dtype),
+            position_variance=averages.full_like_average(params, prior, state_dtype),
             covariance=zeros(),
             momentum=None if gamma is None else zeros(),
         )

@@ -5,10 +5,9 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optgrad.core import averages, trees
+from optgrad.core import diagnostics, trees
 
 
 def curvature(
@@ -65,27 +64,10 @@ def check_like(
         )
 
 
-def full_like_average(params: optax.Params, value: chex.Numeric, dtype: Any | None) -> Any:
-    """A vector of equal entries, in the types of `averages.zeros_like_average`."""
-    zeros = averages.zeros_like_average(params, dtype)
-    return jax.tree.map(lambda zero: zero + jnp.asarray(value, zero.dtype), zeros)
-
-
 def summarize(name: str, tree: Any) -> dict[str, chex.Array]:
     """Geometric mean, minimum and maximum of the positive entries of a tree, zeros if none is.
 
     Returns:
       ``<name>_geomean``, ``<name>_min``, ``<name>_max``, scalars.
     """
-    dtype = averages.scalar_dtype()
-    total, number = jnp.zeros((), dtype), jnp.zeros((), dtype)
-    least, most = jnp.asarray(jnp.inf, dtype), jnp.asarray(-jnp.inf, dtype)
-    for leaf in jax.tree.leaves(tree):
-        x = leaf.astype(dtype)
-        positive = x > np.finfo(dtype).tiny
-        logs = jnp.log(jnp.where(positive, x, 1.0))
-        total, number = total + jnp.sum(logs), number + jnp.sum(positive, dtype=dtype)
-        least = jnp.minimum(least, jnp.min(logs, where=positive, initial=jnp.inf))
-        most = jnp.maximum(most, jnp.max(logs, where=positive, initial=-jnp.inf))
-    logarithms = {"geomean": total / jnp.maximum(number, 1.0), "min": least, "max": most}
-    return {f"{name}_{k}": jnp.where(number > 0, jnp.exp(x), 0.0) for k, x in logarithms.items()}
+    return {f"{name}_{k}": x for k, x in diagnostics.summarize(tree)._asdict().items()}

@@ -94,7 +94,7 @@ def delta_bar_delta(
         start = transforms.hyperparameter_at(initial_rate, count)
         return DeltaBarDeltaState(
             count=count,
-            rate=coordinates.full_like_average(params, start, state_dtype),
+            rate=averages.full_like_average(params, start, state_dtype),
             average=averages.zeros_like_average(params, state_dtype),
         )
 

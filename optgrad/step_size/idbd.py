@@ -108,7 +108,7 @@ def idbd(
         start = transforms.hyperparameter_at(initial_rate, count)
         return IDBDState(
             count=count,
-            rate=coordinates.full_like_average(params, start, state_dtype),
+            rate=averages.full_like_average(params, start, state_dtype),
             trace=averages.zeros_like_average(params, state_dtype),
         )
 

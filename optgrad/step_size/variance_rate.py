@@ -100,7 +100,7 @@ def init_state(params: optax.Params, settings: Settings, *, squares: bool) -> VS
         gradient_variance=averages.zeros_like_average(params, dtype),
         mean_curvature=averages.zeros_like_average(params, dtype),
         mean_square_curvature=averages.zeros_like_average(params, dtype) if squares else None,
-        weight=coordinates.full_like_average(params, 1 / settings.warmup_steps, dtype),
+        weight=averages.full_like_average(params, 1 / settings.warmup_steps, dtype),
     )
 
 
@@ -141,7 +141,7 @@ def advance(
             weight = jnp.where(longer, weight / (1 + weight), weight)
         kappa = jnp.where(is_warmup, 1 / count.astype(weight.dtype), weight)
         new = _averaged(old, g, h, v, kappa)
-        new = _where(ends_warmup, _inflated(new, jnp.asarray(inflation, g.dtype)), new)
+        new = optax.tree.where(ends_warmup, _inflated(new, jnp.asarray(inflation, g.dtype)), new)
         variance = new.variance / sample.examples
         rate = _limited(_rate(_signal(new.mean, variance), new.curvature, new.square), cap)
         step = jnp.where(is_warmup, 0.0, -rate * g)
@@ -212,10 +212,6 @@ def _inflated(leaf: _Leaf, factor: chex.Array) -> _Leaf:
         curvature=factor * leaf.curvature,
         square=None if leaf.square is None else jnp.square(factor) * leaf.square,
     )
-
-
-def _where(condition: chex.Array, new: _Leaf, old: _Leaf) -> _Leaf:
-    return _Leaf(*jax.tree.map(lambda x, y: jnp.where(condition, x, y), tuple(new), tuple(old)))
 
 
 def _signal(mean: chex.Array, variance: chex.Array) -> chex.Array:

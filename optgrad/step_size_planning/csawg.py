@@ -121,7 +121,8 @@ def csawg(
     options = make_options(
         learning_rate=learning_rate,
         window=window,
-        episode=(1, 0),
+        projections=1,
+        corrections=0,
         pairing=pairing,
         gradient=gradient,
         layout=layout,
@@ -134,7 +135,7 @@ def csawg(
         ring_dtype=ring_dtype,
         paper=paper,
     )
-    return phases.plan_steps(learning_rate, window, 1, 0, options)
+    return phases.plan_steps(options)
 
 
 register(

@@ -5,7 +5,6 @@ from typing import Any
 
 import optax
 
-from optgrad.core import checks
 from optgrad.registry import Method, Tunable, register
 from optgrad.step_size_planning import phases
 from optgrad.step_size_planning.options import make_options
@@ -120,12 +119,11 @@ def csawg_repeated(
     no finite number is not taken. One gradient is consumed per ``update``, so that an episode takes
     P(1 + M) calls.
     """
-    checks.check_count("projections", projections, 1)
-    checks.check_count("corrections", corrections, 0)
     options = make_options(
         learning_rate=learning_rate,
         window=window,
-        episode=(projections, corrections),
+        projections=projections,
+        corrections=corrections,
         pairing=pairing,
         gradient=gradient,
         layout=layout,
@@ -144,7 +142,7 @@ def csawg_repeated(
             "most problems unless its plans are verified",
             stacklevel=2,
         )
-    return phases.plan_steps(learning_rate, window, projections, corrections, options)
+    return phases.plan_steps(options)
 
 
 register(

@@ -16,6 +16,10 @@ METRICS = ("loss", "gradient_norm")
 class Options(NamedTuple):
     """What `csawg` and `csawg_repeated` have in common; see there."""
 
+    learning_rate: optax.ScalarOrSchedule
+    window: int
+    projections: int
+    corrections: int
     pairing: str
     gradient: str
     layout: str
@@ -30,8 +34,10 @@ class Options(NamedTuple):
 
 def make_options(
     *,
+    learning_rate: optax.ScalarOrSchedule,
     window: int,
-    episode: tuple[int, int],
+    projections: int,
+    corrections: int,
     pairing: str,
     gradient: str,
     layout: str,
@@ -43,7 +49,6 @@ def make_options(
     read_back: bool | None,
     ring_dtype: Any,
     paper: bool,
-    learning_rate: optax.ScalarOrSchedule,
 ) -> Options:
     """Options with their defaults, checked.
 
@@ -51,6 +56,8 @@ def make_options(
       ValueError: for a value out of range, or two that contradict each other.
     """
     checks.check_count("window", window, 1)
+    checks.check_count("projections", projections, 1)
+    checks.check_count("corrections", corrections, 0)
     checks.check_in_range("learning_rate", learning_rate, 0.0, high_open=True)
     checks.check_one_of("pairing", pairing, PAIRINGS)
     checks.check_one_of("gradient", gradient, PROJECTION_GRADIENTS)
@@ -77,7 +84,8 @@ def make_options(
         "learning_rate": callable(learning_rate) and "a schedule",
         "pairing": pairing == "matched" and "'matched'",
         "read_back": read_back and "True",
-        "projections, corrections": episode != (1, 0) and str(episode),
+        "projections, corrections": (projections, corrections) != (1, 0)
+        and str((projections, corrections)),
     }
     if concludes:
         _refuse("layout", layout, others, ("base", "learning_rate", "pairing", "read_back"))
@@ -86,6 +94,10 @@ def make_options(
     if not read_back:
         _refuse("read_back", read_back, others, ("pairing",))
     return Options(
+        learning_rate,
+        window,
+        projections,
+        corrections,
         pairing,
         gradient,
         layout,

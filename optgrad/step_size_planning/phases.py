@@ -86,13 +86,10 @@ class PlanningState(NamedTuple):
 
 
 def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
-    learning_rate: optax.ScalarOrSchedule,
-    window: int,
-    projections: int,
-    corrections: int,
     options: Options,
 ) -> optax.GradientTransformationExtraArgs:
-    """The machine. Arguments as of `csawg_repeated`, checked by `options.make_options`."""
+    """The machine. The options are those of `csawg_repeated`, checked by `make_options`."""
+    window = options.window
     base = None if options.base is None else optax.with_extra_args_support(options.base)
     is_lagged = options.pairing == "lagged"
 
@@ -120,7 +117,12 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
         params = transforms.require_params(params)
         rate, guard, tolerance, abort = (
             transforms.hyperparameter_at(x, state.evaluations)
-            for x in (learning_rate, options.noise_guard, options.tolerance, options.abort)
+            for x in (
+                options.learning_rate,
+                options.noise_guard,
+                options.tolerance,
+                options.abort,
+            )
         )
         value = None if value is None else transforms.require_value(value)
         metric = _metric(options.verify, updates, value)
@@ -203,7 +205,7 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
         s = s._replace(window=windows.follow(s.window, moved, in_episode))
         s, steps = _in_place(s, steps, updates, entry)
         kind = _Kind(online, projects, corrects, rejects, restores, ends_at_once)
-        s = _advanced(s, kind, projections, corrections)
+        s = _advanced(s, kind, options.projections, options.corrections)
         # A matched pair waits for the next gradient that is one.
         waits = online | (s.is_pending & (not is_lagged) & ~(acts | restores))
         return steps, s._replace(is_pending=waits & options.read_back)

@@ -30,8 +30,13 @@ EXTRAS: Mapping[str, str] = {
     "batch's loss, a tree like the gradient",
     "features": "the inputs x_i of a linear model, a tree like the gradient; "
     "a method that lists it beside curvature_diagonal takes either",
-    "residual_fn": "params -> residual vector of a least-squares loss",
-    "outputs_fn": "params -> network outputs on the batch",
+    "residual_fn": "params -> residuals of a least-squares loss, any pytree",
+    "outputs_fn": "params -> network outputs z on the batch, any pytree",
+    "out_loss_fn": "z -> loss, a scalar, convex in z",
+    "curvature_fn": "params -> loss on another batch, whose curvature is used instead of value_fn's",
+    "inner_fn": "params -> loss on another batch, which inner minimisations use instead of value_fn",
+    "kfac_stats": "layer -> (activations, pre-activation gradients) of every example; "
+    "a method that lists it beside per_example_grads takes either",
 }
 
 

@@ -1,7 +1,11 @@
-"""Per-example gradients and the variance of the minibatch gradient, of any loss function.
+"""What can be asked of a loss: products with curvature matrices, and gradients of its examples.
 
 ``loss_fn(params, example)`` is the loss of one example, a scalar; ``batch`` is a pytree like one
-example with a leading batch axis on every leaf.
+example with a leading batch axis on every leaf. ``value_fn(params)`` and the other functions of the
+parameters alone are closed over a batch.
+
+A *product* maps a tree v like the parameters to Av, both in at least float32 whatever the
+parameters' type. Each pass of differentiation runs in the parameters' own types.
 """
 
 from collections.abc import Callable
@@ -9,12 +13,168 @@ from typing import Any
 
 import chex
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages
+from optgrad.core import averages, checks, linalg, transforms, trees
 
 LossFn = Callable[[Any, Any], chex.Array]
+ValueFn = Callable[[Any], chex.Array]
+
+PRODUCT_MODES = ("exact", "jvp", "fd", "fdc")
+
+
+# --- functions of the parameters ---------------------------------------------------------------
+
+
+def require_function(name: str, function: Any, builder: str | None = None) -> Callable[[Any], Any]:
+    """An extra argument that is a function of the parameters, refused if it is missing.
+
+    Args:
+      name: of the argument.
+      function: what was given for it.
+      builder: the call of `optgrad.curvature_args` that makes it, for the message.
+
+    Raises:
+      ValueError: for ``None``, naming the argument and the helper that builds it.
+      TypeError: for what cannot be called.
+    """
+    if callable(function):
+        found: Callable[[Any], Any] = function
+        return found
+    helper = builder or "optgrad.curvature_args(loss_fn)"
+    message = (
+        f"{name} = {function!r}; accepted: a function of the parameters, closed over the batch, as "
+        f"{helper} builds it inside the jitted step; optgrad.make_step does all of it"
+    )
+    raise (ValueError if function is None else TypeError)(message)
+
+
+def hessian_product(value_fn: ValueFn, params: optax.Params, mode: str = "exact") -> linalg.Product:
+    r"""The product v ↦ Hv with the Hessian H of the loss at ``params``.
+
+    Args:
+      value_fn: params -> loss, a scalar.
+      params: θ, a pytree of floating-point arrays.
+      mode: ``"exact"`` linearises the gradient once, for many products at one point; ``"jvp"``
+        differentiates anew for each product and stores nothing; ``"fd"`` and ``"fdc"`` are forward
+        and central differences of gradients, of step :math:`\sqrt\epsilon(1+|\theta|)/|v|` and
+        :math:`\epsilon^{1/3}(1+|\theta|)/|v|`, for losses that have no second derivative rule.
+
+    Examples:
+      >>> product = hessian_product(lambda x: jnp.sum(x**3), jnp.array([1.0, 2.0]))
+      >>> print(product(jnp.array([1.0, 1.0])))
+      [ 6. 12.]
+    """
+    checks.check_one_of("hvp", mode, PRODUCT_MODES)
+    grad = jax.grad(value_fn)
+    if mode == "exact":
+        return _in_types_of(params, jax.linearize(grad, params)[1])
+    if mode == "jvp":
+        return _in_types_of(params, lambda v: jax.jvp(grad, (params,), (v,))[1])
+    return _finite_differences(grad, params, central=mode == "fdc")
+
+
+def gauss_newton_product(
+    outputs_fn: Callable[[Any], Any], out_loss_fn: ValueFn, params: optax.Params
+) -> linalg.Product:
+    r"""The product with the Gauss–Newton matrix JᵀLJ, L the Hessian of the outputs' loss.
+
+    Positive semidefinite where ``out_loss_fn`` is convex. For the negative log-likelihood of an
+    exponential family in its natural parameters (softmax cross-entropy of logits, squared error)
+    it is the Fisher matrix. Terms beside the network's, such as L2, are contained if the parameters
+    are among the outputs: ``outputs_fn = lambda p: (net(p), p)``.
+
+    Args:
+      outputs_fn: params -> z, any pytree, on the batch.
+      out_loss_fn: z -> loss, a scalar.
+      params: θ.
+
+    Examples:
+      >>> outputs = lambda w: jnp.array([[1.0, 0.0], [1.0, 2.0]]) @ w
+      >>> product = gauss_newton_product(outputs, lambda z: 0.5 * jnp.sum(z**2), jnp.zeros(2))
+      >>> print(product(jnp.array([1.0, 0.0])))
+      [2. 2.]
+    """
+    outputs, push = jax.linearize(outputs_fn, params)
+    pull = jax.linear_transpose(push, params)
+    out_grad = jax.grad(out_loss_fn)
+
+    def product(v: Any) -> Any:
+        return pull(jax.jvp(out_grad, (outputs,), (push(v),))[1])[0]
+
+    return _in_types_of(params, product)
+
+
+def fisher_product(per_example_grads: optax.Updates) -> linalg.Product:
+    r"""The product v ↦ (1/n) Σᵢ gᵢ⟨gᵢ, v⟩ with the empirical Fisher matrix of n gradients.
+
+    With gradients of labels that are sampled from the model it is a Monte-Carlo estimate of the
+    Fisher matrix; that matrix itself is `gauss_newton_product` of the log-likelihood.
+
+    Args:
+      per_example_grads: a tree whose leaves have a leading axis of size n.
+
+    Examples:
+      >>> print(fisher_product(jnp.array([[1.0, 0.0], [1.0, 2.0]]))(jnp.array([1.0, 1.0])))
+      [2. 3.]
+    """
+    size = batch_size(per_example_grads, "per_example_grads")
+
+    def product(v: Any) -> Any:
+        return trees.combine(trees.project(per_example_grads, v) / size, per_example_grads)
+
+    return product
+
+
+def dense_matrix(product: linalg.Product, params: optax.Params, *, at_once: int = 64) -> chex.Array:
+    """The whole matrix of a product, symmetrised, shape (D, D), rows in the order of the leaves.
+
+    Args:
+      product: v -> Av.
+      params: a tree of D numbers; a few thousand at most.
+      at_once: products computed together.
+    """
+    flat, unravel = jax.flatten_util.ravel_pytree(linalg.widened(params))
+
+    def row(unit: chex.Array) -> chex.Array:
+        image: chex.Array = jax.flatten_util.ravel_pytree(product(unravel(unit)))[0]
+        return image
+
+    rows = jax.lax.map(row, jnp.eye(flat.size, dtype=flat.dtype), batch_size=at_once)
+    return 0.5 * (rows + rows.T)
+
+
+def _in_types_of(params: optax.Params, linear: Callable[[Any], Any]) -> linalg.Product:
+    """A linear map of tangents, as a product in at least float32."""
+    return lambda v: linalg.widened(linear(transforms.cast_like(v, params)))
+
+
+def _finite_differences(
+    grad: Callable[[Any], Any], params: optax.Params, *, central: bool
+) -> linalg.Product:
+    wide = linalg.widened(params)
+    dtypes = [x.dtype for x in jax.tree.leaves(params)]
+    infos: list[Any] = [jnp.finfo(d) for d in dtypes]  # type: ignore[no-untyped-call]
+    eps = max((float(info.eps) for info in infos), default=linalg.epsilon())
+    relative = eps ** (1 / 3 if central else 1 / 2) * (1.0 + linalg.norm(wide))
+
+    def grad_at(h: chex.Numeric, v: Any) -> Any:
+        return linalg.widened(grad(transforms.cast_like(linalg.axpy(h, v, wide), params)))
+
+    here = None if central else linalg.widened(grad(params))
+
+    def product(v: Any) -> Any:
+        length = linalg.norm(v)
+        h = relative / jnp.where(length > 0, length, 1.0)
+        back, width = (grad_at(-h, v), 2 * h) if central else (here, h)
+        return linalg.scale(1.0 / width, linalg.axpy(-1.0, back, grad_at(h, v)))
+
+    return product
+
+
+# --- gradients of the examples ------------------------------------------------------------------
 
 
 def per_example_grads(

@@ -51,7 +51,7 @@ def _sums(arrays: Sequence[chex.Array]) -> tuple[chex.Array, ...]:
     if not shape:
         return arrays
     kept = None
-    if size > _LONG and len(shape) == 1:
+    if size > _LONG and len(shape) == 1 and not is_explicitly_sharded(arrays[0]):
         whole = size - size % _LONG
         parts = [_sums([x[:whole].reshape(-1, _LONG) for x in arrays])]
         parts += [_sums([x[whole:] for x in arrays])] if whole < size else []
@@ -66,6 +66,15 @@ def _sums(arrays: Sequence[chex.Array]) -> tuple[chex.Array, ...]:
 
 def _add(x: tuple[chex.Array, ...], y: tuple[chex.Array, ...]) -> tuple[chex.Array, ...]:
     return tuple(a + b for a, b in zip(x, y, strict=True))
+
+
+def is_explicitly_sharded(x: chex.Array) -> bool:
+    """Whether the array's placement on an explicit mesh is part of its type.
+
+    Reshapes and contractions that would have to choose a placement are refused for such arrays.
+    """
+    sharding: Any = jax.typeof(x).sharding
+    return any(spec is not None for spec in sharding.spec)
 
 
 _LONG = 2**15  # so many float32 are added up one after the other

@@ -6,7 +6,7 @@ import pytest
 
 import optgrad
 
-from . import upstream
+from . import problem, upstream
 
 HERE = Path(__file__).parent
 # Left to one stage of .ci/run: what takes XLA several times as long to compile as all else, and
@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 # needs not be named here.)
 SLOW = {"ogr_subspace", "ogr_diagonal_subspace"}
 SLOW |= {method.name for method in optgrad.methods("baselines")}
+SLOW |= {m.name for m in optgrad.methods() if any(map(problem.is_function, m.needs))}
 
 
 def pytest_configure(config: pytest.Config) -> None:

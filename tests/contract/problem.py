@@ -66,6 +66,15 @@ class Oracle:
         columns = jax.vmap(lambda v: jax.flatten_util.ravel_pytree(product(unravel(v)))[0])
         return unravel(jnp.diagonal(columns(jnp.eye(flat.size, dtype=flat.dtype))))
 
+    def residual_fn(self, params: Any) -> jax.Array:
+        """One residual an example: half its square is the example's part of the mean loss.
+
+        Where a loss may be negative (a linear one), of the same sign and slope.
+        """
+        losses = jax.vmap(self.loss_fn, in_axes=(None, 0))(params, self.batch)
+        roots = jnp.sqrt(jnp.where(losses > 0, 2.0 * losses, 1.0))
+        return jnp.where(losses > 0, roots, losses) / math.sqrt(losses.size)
+
     def features(self) -> Any:
         """Inputs of a linear model of the same curvature."""
         return jax.tree.map(jnp.sqrt, self.curvature_diagonal())
@@ -79,11 +88,20 @@ BUILDERS: Mapping[str, Callable[[Oracle], Any]] = {
     "gradient_variance": Oracle.gradient_variance,
     "curvature_diagonal": Oracle.curvature_diagonal,
     "features": Oracle.features,
+    "residual_fn": lambda oracle: oracle.residual_fn,
+    # The parameters as outputs: the Gauss-Newton matrix is the Hessian of a convex loss.
+    "outputs_fn": lambda oracle: lambda params: params,
+    "out_loss_fn": lambda oracle: oracle.value_fn,
+    "kfac_stats": lambda oracle: {},  # no layers: every parameter is left to the fallback
 }
 
 # A method that lists both of a pair takes either; the first is passed unless a test asks for the
 # other.
-EITHER = (("gradient_variance", "per_example_grads"), ("curvature_diagonal", "features"))
+EITHER = (
+    ("gradient_variance", "per_example_grads"),
+    ("curvature_diagonal", "features"),
+    ("per_example_grads", "kfac_stats"),
+)
 
 
 def alternatives(method: optgrad.Method) -> list[tuple[str, str]]:

@@ -33,8 +33,8 @@ EXTRAS: Mapping[str, str] = {
     "residual_fn": "params -> residuals of a least-squares loss, any pytree",
     "outputs_fn": "params -> network outputs z on the batch, any pytree",
     "out_loss_fn": "z -> loss, a scalar, convex in z",
-    "curvature_fn": "params -> loss on another batch, whose curvature is used instead of value_fn's",
-    "inner_fn": "params -> loss on another batch, which inner minimisations use instead of value_fn",
+    "curvature_fn": "params -> loss on another batch, for curvature (default: value_fn)",
+    "inner_fn": "params -> loss on another batch, for inner minimisations (default: value_fn)",
     "kfac_stats": "layer -> (activations, pre-activation gradients) of every example; "
     "a method that lists it beside per_example_grads takes either",
 }

@@ -16,10 +16,11 @@ class SafeLineSearchState(NamedTuple):
     direction: Any  # the direction's own state
     search: Any  # the line search's own state
     rejected: chex.Array  # number of steps that were not taken, int32, shape ()
+    cost: chex.Array  # gradient equivalents of all steps, at least float32, shape ()
 
     def diagnostics(self) -> dict[str, chex.Array]:
-        """The last accepted step size, and the number of steps not taken; scalars."""
-        found: dict[str, chex.Array] = {"rejected_steps": self.rejected}
+        """The last step size, the number of steps not taken, gradient equivalents; scalars."""
+        found = {"rejected_steps": self.rejected, "gradient_equivalents": self.cost}
         step_size = getattr(self.search, "learning_rate", None)
         return found if step_size is None else {"step_size": step_size, **found}
 
@@ -72,7 +73,10 @@ def with_safe_linesearch(
     def init(params: optax.Params) -> SafeLineSearchState:
         searching = linesearch.init(params) if jax.tree.leaves(params) else ()
         return SafeLineSearchState(
-            direction.init(params), _strongly_typed(searching), jnp.zeros((), jnp.int32)
+            direction.init(params),
+            _strongly_typed(searching),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((), averages.scalar_dtype()),
         )
 
     def update(
@@ -106,8 +110,11 @@ def with_safe_linesearch(
         reached = value_fn(optax.apply_updates(params, found)).astype(value.dtype)
         taken = linalg.all_finite(found) & jnp.isfinite(value) & (reached <= value)
         fresh = init(params)
-        new = SafeLineSearchState(directed, _strongly_typed(searched), state.rejected)
-        old = fresh._replace(rejected=optax.safe_increment(state.rejected))
+        evaluations = getattr(getattr(searched, "info", None), "num_linesearch_steps", 0)
+        # One evaluation of the zoom search is a gradient; what the direction costs is its own.
+        cost = state.cost + 1.0 + evaluations + oracles.VALUE_COST
+        new = SafeLineSearchState(directed, _strongly_typed(searched), state.rejected, cost)
+        old = fresh._replace(rejected=optax.safe_increment(state.rejected), cost=cost)
         chosen = linalg.where(taken, new, _types_of(new, old))
         return linalg.where(taken, found, jax.tree.map(jnp.zeros_like, found)), chosen
 

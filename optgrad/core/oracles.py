@@ -22,7 +22,10 @@ from optgrad.core import averages, checks, linalg, transforms, trees
 LossFn = Callable[[Any, Any], chex.Array]
 ValueFn = Callable[[Any], chex.Array]
 
-PRODUCT_MODES = ("exact", "jvp", "fd", "fdc")
+# Costs in gradient equivalents: a gradient is 1.
+VALUE_COST = 1 / 3
+HESSIAN_PRODUCT_COST = {"exact": 2.0, "jvp": 2.0, "fd": 1.0, "fdc": 2.0}  # by its mode
+GAUSS_NEWTON_PRODUCT_COST = 2.0
 
 
 # --- functions of the parameters ---------------------------------------------------------------
@@ -67,7 +70,7 @@ def hessian_product(value_fn: ValueFn, params: optax.Params, mode: str = "exact"
       >>> print(product(jnp.array([1.0, 1.0])))
       [ 6. 12.]
     """
-    checks.check_one_of("hvp", mode, PRODUCT_MODES)
+    checks.check_one_of("hvp", mode, HESSIAN_PRODUCT_COST)
     grad = jax.grad(value_fn)
     if mode == "exact":
         return _in_types_of(params, jax.linearize(grad, params)[1])

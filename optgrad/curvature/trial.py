@@ -34,6 +34,7 @@ def attempt(
     step: chex.ArrayTree,
     value: chex.Array,
     predicted: chex.Array,
+    *,
     least_ratio: float | None = None,
 ) -> Trial:
     """Tries ``params + step``.

@@ -295,6 +295,7 @@ def conjugate_gradients(
     x = zeros_like(b) if start is None else widened(start)
     r = b if start is None else axpy(-1.0, product(x), b)
     z = precondition(r)
+    at_zero = jnp.asarray(True) if start is None else ~(dot(x, x) > 0)
 
     def running(carry: Any) -> Any:
         _, r, _, _, i, _, done, _, _ = carry
@@ -309,7 +310,7 @@ def conjugate_gradients(
         step = rz / jnp.where(negative, 1.0, curvature)
         outside = jnp.asarray(False)
         if radius is None:
-            step = jnp.where(negative, jnp.where((i == 0) & (start is None), 1.0, 0.0), step)
+            step = jnp.where(negative, jnp.where((i == 0) & at_zero, 1.0, 0.0), step)
         else:
             outside = negative | (norm(axpy(step, p, x)) >= radius)
             step = jnp.where(outside, _boundary_step(x, p, radius), step)
@@ -329,7 +330,7 @@ def conjugate_gradients(
 
 def _boundary_step(x: chex.ArrayTree, p: chex.ArrayTree, radius: chex.Numeric) -> chex.Array:
     """τ ≥ 0 with |x + τp| = radius."""
-    pp, xp, xx = (jnp.sum(s) for s in trees.inner_products((p, p), (x, p), (x, x)))
+    pp, xp, xx = dot(p, p), dot(x, p), dot(x, x)
     room = jnp.maximum(radius * radius - xx, 0.0)
     root = jnp.sqrt(xp * xp + pp * room)
     # The form without cancellation for each sign of ⟨x, p⟩.

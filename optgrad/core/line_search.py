@@ -1,33 +1,42 @@
 """Line searches that never return a worse point, for directions that need one."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, linalg, oracles, transforms
+from optgrad.core import averages, diagnostics, linalg, oracles, transforms
+
+LineSearch: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 class SafeLineSearchState(NamedTuple):
     """The states of a direction and of its line search."""
 
+    count: chex.Array  # number of steps, taken or not, int32, shape ()
     direction: Any  # the direction's own state
     search: Any  # the line search's own state
     rejected: chex.Array  # number of steps that were not taken, int32, shape ()
     cost: chex.Array  # gradient equivalents of all steps, at least float32, shape ()
 
     def diagnostics(self) -> dict[str, chex.Array]:
-        """The last step size, the number of steps not taken, gradient equivalents; scalars."""
+        """The last step size, steps not taken, gradient equivalents, and what the direction has.
+
+        What the direction itself counts is since the last step that was not taken.
+        """
         found = {"rejected_steps": self.rejected, "gradient_equivalents": self.cost}
         step_size = getattr(self.search, "learning_rate", None)
-        return found if step_size is None else {"step_size": step_size, **found}
+        if step_size is not None:
+            found["step_size"] = step_size
+        return {**diagnostics.diagnostics(self.direction), **found}
 
 
 def with_safe_linesearch(
     direction: optax.GradientTransformation,
-    linesearch: optax.GradientTransformationExtraArgs,
+    linesearch: LineSearch | Callable[[chex.Array], LineSearch],
 ) -> optax.GradientTransformationExtraArgs:
     r"""A direction d and a line search along −d, which is taken only if the loss does not increase.
 
@@ -37,21 +46,27 @@ def with_safe_linesearch(
       \ \text{both states as at the first step}
 
     optax's zoom search returns its last trial where its budget of evaluations ends, which may be
-    far uphill; and it refuses extra arguments that are meant for others. Here it sees ``value``,
-    ``grad`` and ``value_fn`` alone, its result is checked, and a failure begins anew: the direction
-    forgets its history, which for conjugate gradients and quasi-Newton methods is a restart from
-    steepest descent.
+    far uphill; it keeps a step size of 0, once it has seen no finite loss, for ever; and it refuses
+    extra arguments that are meant for others. Here it sees ``value``, ``grad`` and ``value_fn``
+    alone, its result is checked, and a failure begins anew: the direction forgets its history,
+    which for conjugate gradients and quasi-Newton methods is a restart from steepest descent.
+
+    The search runs in the widest type of the parameters' leaves, float32 at least, on the loss at
+    parameters in their own types: those of 16 bits are compared where they will be.
 
     Args:
-      direction: gives the positive direction d, ``scale_by_*``; it sees all extra arguments.
+      direction: gives the positive direction d, ``scale_by_*``; it sees all extra arguments. What
+        it costs beyond the gradient is counted if its state has a field ``cost``.
       linesearch: `optax.scale_by_zoom_linesearch` or `optax.scale_by_backtracking_linesearch`, or
-        any transformation whose state has the loss at the new point in its field ``value``.
+        any transformation with their arguments; or a function of the number of steps so far that
+        gives one, where its tolerances are schedules.
 
     Returns:
       A `GradientTransformationExtraArgs` whose ``update`` needs the parameters, ``value``, ``grad``
       and ``value_fn``, all of the same batch. It gives the final signed update: nothing may come
-      after it. Non-finite losses, gradients and directions are steps not taken, counted in the
-      state's field ``rejected``.
+      after it. Non-finite losses, gradients and directions, and step sizes of 0, are steps not
+      taken, counted in the state's field ``rejected``. A deterministic loss needs no gradient
+      beside those of the search: `optax.value_and_grad_from_state` finds them in the state.
 
     Raises:
       ValueError: by ``update``, if the parameters or an extra argument are missing.
@@ -70,9 +85,16 @@ def with_safe_linesearch(
     """
     direction = optax.with_extra_args_support(direction)
 
+    def search_at(count: chex.Array) -> LineSearch:
+        return linesearch(count) if callable(linesearch) else linesearch
+
     def init(params: optax.Params) -> SafeLineSearchState:
-        searching = linesearch.init(params) if jax.tree.leaves(params) else ()
+        count = jnp.zeros((), jnp.int32)
+        searching: Any = ()
+        if jax.tree.leaves(params):
+            searching = search_at(count).init(_of_one_type(params, params))
         return SafeLineSearchState(
+            count,
             direction.init(params),
             _strongly_typed(searching),
             jnp.zeros((), jnp.int32),
@@ -102,23 +124,93 @@ def with_safe_linesearch(
         oriented, directed = direction.update(
             updates, state.direction, params, value=value, grad=grad, value_fn=value_fn, **extra
         )
-        descent = transforms.cast_like(linalg.scale(-1.0, oriented), params)
-        found, searched = linesearch.update(
-            descent, state.search, params, value=value, grad=grad, value_fn=value_fn
+        found, searched = _search(
+            search_at(state.count), state.search, params, oriented, value, grad, value_fn
         )
-        found = transforms.cast_like(found, params)
-        reached = value_fn(optax.apply_updates(params, found)).astype(value.dtype)
-        taken = linalg.all_finite(found) & jnp.isfinite(value) & (reached <= value)
-        fresh = init(params)
-        evaluations = getattr(getattr(searched, "info", None), "num_linesearch_steps", 0)
-        # One evaluation of the zoom search is a gradient; what the direction costs is its own.
-        cost = state.cost + 1.0 + evaluations + oracles.VALUE_COST
-        new = SafeLineSearchState(directed, _strongly_typed(searched), state.rejected, cost)
-        old = fresh._replace(rejected=optax.safe_increment(state.rejected), cost=cost)
-        chosen = linalg.where(taken, new, _types_of(new, old))
+        reached = jnp.asarray(value_fn(optax.apply_updates(params, found)), value.dtype)
+        moves = jnp.asarray(getattr(searched, "learning_rate", 1.0)) > 0
+        finite = linalg.all_finite((updates, found)) & jnp.isfinite(value)
+        taken = moves & finite & (reached <= value)
+
+        count = optax.safe_increment(state.count)
+        cost = state.cost + _direction_cost(state.direction, directed) + _search_cost(searched)
+        new = SafeLineSearchState(count, directed, searched, state.rejected, cost)
+        rejected = optax.safe_increment(state.rejected)
+        anew = init(params)._replace(count=count, rejected=rejected, cost=cost)
+        chosen = linalg.where(taken, new, transforms.cast_like(anew, new))
         return linalg.where(taken, found, jax.tree.map(jnp.zeros_like, found)), chosen
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def with_zoom_linesearch(
+    direction: optax.GradientTransformation,
+    *,
+    max_steps: int,
+    curv_rtol: float | optax.Schedule,
+    initial_guess: str,
+) -> optax.GradientTransformationExtraArgs:
+    """`with_safe_linesearch` and the zoom search, whose curvature tolerance may be a schedule.
+
+    Args:
+      direction: gives the positive direction.
+      max_steps: evaluations of loss and gradient in one search, at most.
+      curv_rtol: the slope at the point found, relative to the slope at the start, at most.
+      initial_guess: ``"one"``, or ``"keep"`` for the last step size.
+    """
+
+    def zoom(count: chex.Array) -> LineSearch:
+        return optax.scale_by_zoom_linesearch(
+            max_steps,
+            curv_rtol=transforms.hyperparameter_at(curv_rtol, count),
+            initial_guess_strategy=initial_guess,
+        )
+
+    return with_safe_linesearch(direction, zoom)
+
+
+def _search(  # noqa: PLR0917  what a line search takes
+    linesearch: LineSearch,
+    state: Any,
+    params: optax.Params,
+    direction: optax.Updates,
+    value: chex.Array,
+    grad: optax.Updates,
+    value_fn: Callable[[Any], chex.Array],
+) -> tuple[optax.Updates, Any]:
+    """The update, in the parameters' types, and the search's new state."""
+    wide = _of_one_type(params, params)
+    dtype = jax.tree.leaves(wide)[0].dtype
+    found, searched = linesearch.update(
+        _of_one_type(linalg.scale(-1.0, direction), params),
+        state,
+        wide,
+        value=value.astype(dtype),
+        grad=_of_one_type(grad, params),
+        value_fn=lambda p: jnp.asarray(value_fn(transforms.cast_like(p, params)), dtype),
+    )
+    return transforms.cast_like(found, params), _strongly_typed(searched)
+
+
+def _of_one_type(tree: Any, params: optax.Params) -> Any:
+    """All leaves in the widest type of the parameters, since optax's searches mix them."""
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+
+def _direction_cost(before: Any, after: Any) -> chex.Numeric:
+    """Gradient equivalents of the incoming gradient, and of what the direction did with it."""
+    return after.cost - before.cost if hasattr(after, "cost") else 1.0
+
+
+def _search_cost(searched: Any) -> chex.Numeric:
+    """Gradient equivalents of the search, and of the loss where it led.
+
+    A search that keeps the gradient (zoom) evaluates it with every value.
+    """
+    evaluations = getattr(getattr(searched, "info", None), "num_linesearch_steps", 0)
+    each = oracles.VALUE_COST if getattr(searched, "grad", None) is None else 1.0
+    return each * evaluations + oracles.VALUE_COST
 
 
 def _strongly_typed(tree: Any) -> Any:
@@ -132,7 +224,3 @@ def _strongly_typed(tree: Any) -> Any:
         return jax.lax.convert_element_type(x, dtype)
 
     return jax.tree.map(strong, tree)
-
-
-def _types_of(like: Any, tree: Any) -> Any:
-    return jax.tree.map(lambda x, y: y.astype(x.dtype), like, tree)

@@ -32,9 +32,15 @@ from optgrad.core import checks, oracles
 from optgrad.experiments.problems import Problem
 
 VECTORIZE = ("auto", "vmap", "map")
-PROVIDED = frozenset(
-    {"params", "value", "grad", "value_fn", "per_example_grads", "gradient_variance"}
-)
+# What every problem has, and what it has if it has a function of that name.
+_ALWAYS = ("params", "value", "grad", "value_fn", "per_example_grads", "gradient_variance")
+_OPTIONAL = {
+    "outputs_fn": "outputs",
+    "out_loss_fn": "out_loss",
+    "kfac_stats": "layer_statistics",
+}
+PROVIDED = frozenset({*_ALWAYS, *_OPTIONAL})
+_LABELS = 2  # folded into a run's key; its initialisation and batches have the two of its split
 
 
 class Runs(NamedTuple):
@@ -70,14 +76,15 @@ class Trainer:
 
     Args:
       problem: what to train on.
-      method: the optimizer's record; its ``needs`` decide what each step computes.
+      method: the optimizer's record; its ``needs`` decide what each step computes. Methods that
+        sample labels (``kfac_stats``) do so by seed and step. What that costs is not counted.
       hyperparams: fixed hyperparameters, static ones among them.
       eval_every: steps from one evaluation to the next.
       vectorize: ``"auto"``, ``"vmap"`` or ``"map"``.
       microbatch_size: per-example gradients held at once, for methods that need their variance.
 
     Raises:
-      ValueError: if the method needs something that a minibatch problem does not have.
+      ValueError: if the method needs something that the harness, or the problem, does not have.
     """
 
     def __init__(
@@ -97,6 +104,11 @@ class Trainer:
                 f"{method.name} needs {', '.join(sorted(missing))}, which the harness does not "
                 f"compute; accepted: methods that need any of {', '.join(sorted(PROVIDED))}"
             )
+        self._extras = _extras_for(problem, method)
+        # Where the statistics stand in for gradients of the examples, they are of the same labels.
+        self._samples_labels = (
+            "kfac_stats" in self._extras and "per_example_grads" not in method.needs
+        )
         on_cpu = jax.default_backend() == "cpu"
         self.problem, self.method = problem, method
         self.hyperparams = dict(hyperparams or {})
@@ -250,14 +262,22 @@ class Trainer:
         return _strongly_typed(RunState(params, opt_state, zero, diverged_at=jnp.zeros_like(zero)))
 
     def _draw_batches(self, first_step: chex.Array, seed: chex.Array, data: Any) -> Any:
-        _, batch_key = jax.random.split(jax.random.key(seed))
-        return self.problem.batches(data, batch_key, first_step, self.eval_every)
+        """What identifies the batches of an interval, and a key for each step that needs one."""
+        key = jax.random.key(seed)
+        _, batch_key = jax.random.split(key)
+        drawn = self.problem.batches(data, batch_key, first_step, self.eval_every)
+        keys = None
+        if self._samples_labels:
+            label_key = jax.random.fold_in(key, _LABELS)
+            steps = first_step + jnp.arange(self.eval_every)
+            keys = jax.vmap(lambda step: jax.random.fold_in(label_key, step))(steps)
+        return drawn, keys
 
     def _train_interval(
         self, state: RunState, hyperparams: Any, drawn: Any, data: Any
     ) -> tuple[RunState, chex.Array]:
         def step(state: RunState, one: Any) -> tuple[RunState, chex.Array]:
-            return self._update(state, hyperparams, self.problem.batch(data, one))
+            return self._update(state, hyperparams, one, data)
 
         state, losses = jax.lax.scan(step, state, drawn)
         return state, jnp.mean(losses)
@@ -266,10 +286,13 @@ class Trainer:
         self, state: RunState, hyperparams: Any, drawn: Any, index: chex.Array, data: Any
     ) -> tuple[RunState, chex.Array]:
         one = jax.tree.map(lambda x: x[index], drawn)
-        return self._update(state, hyperparams, self.problem.batch(data, one))
+        return self._update(state, hyperparams, one, data)
 
-    def _update(self, state: RunState, hyperparams: Any, batch: Any) -> tuple[RunState, chex.Array]:
-        value, grad, extra = self._oracles(state.params, batch)
+    def _update(
+        self, state: RunState, hyperparams: Any, one: Any, data: Any
+    ) -> tuple[RunState, chex.Array]:
+        drawn, key = one
+        value, grad, extra = self._oracles(state.params, self.problem.batch(data, drawn), key)
         updates, opt_state = self._optimizer(hyperparams).update(
             grad, state.opt_state, state.params, **extra
         )
@@ -279,22 +302,31 @@ class Trainer:
         diverged_at = jnp.where(is_first, step, state.diverged_at)
         return _strongly_typed(RunState(params, opt_state, step, diverged_at)), value
 
-    def _oracles(self, params: Any, batch: Any) -> tuple[chex.Array, Any, dict[str, Any]]:
-        """Loss, gradient, and exactly the extra arguments that the method needs."""
-        problem, needs = self.problem, self.method.needs
-        extra: dict[str, Any] = {}
-        if "gradient_variance" in needs:
-            value, grad, extra["gradient_variance"] = oracles.value_grad_and_variance(
+    def _oracles(
+        self, params: Any, batch: Any, key: chex.PRNGKey | None
+    ) -> tuple[chex.Array, Any, dict[str, Any]]:
+        """Loss, gradient, and the extra arguments for the method."""
+        problem: Any = self.problem  # whose optional functions were looked for
+        variance = None
+        if "gradient_variance" in self._extras:
+            value, grad, variance = oracles.value_grad_and_variance(
                 problem.example_loss, params, batch, microbatch_size=self.microbatch_size
             )
         else:
             value, grad = jax.value_and_grad(problem.loss)(params, batch)
-            if "per_example_grads" in needs:
-                extra["per_example_grads"] = oracles.per_example_grads(
-                    problem.example_loss, params, batch, microbatch_size=self.microbatch_size
-                )
-        available = {"value": value, "grad": grad, "value_fn": lambda p: problem.loss(p, batch)}
-        return value, grad, extra | {k: v for k, v in available.items() if k in needs}
+        builders: dict[str, Callable[[], Any]] = {
+            "value": lambda: value,
+            "grad": lambda: grad,
+            "gradient_variance": lambda: variance,
+            "value_fn": lambda: lambda p: problem.loss(p, batch),
+            "outputs_fn": lambda: lambda p: problem.outputs(p, batch),
+            "out_loss_fn": lambda: lambda z: problem.out_loss(z, batch),
+            "kfac_stats": lambda: problem.layer_statistics(params, batch, key),
+            "per_example_grads": lambda: oracles.per_example_grads(
+                problem.example_loss, params, batch, microbatch_size=self.microbatch_size
+            ),
+        }
+        return value, grad, {name: builders[name]() for name in self._extras}
 
     def _evaluate_split(self, params: Any, data: Any, split: str) -> dict[str, chex.Array]:
         def one(index: chex.Array) -> dict[str, chex.Array]:
@@ -302,6 +334,33 @@ class Trainer:
 
         parts = jax.lax.map(one, jnp.arange(self.problem.splits[split]))
         return {name: jnp.sum(values) for name, values in parts.items()}
+
+
+def _extras_for(problem: Problem, method: registry.Method) -> tuple[str, ...]:
+    """The extra arguments that the method is given.
+
+    Those that it needs, and if it is not a baseline (optax's line searches refuse what they do not
+    know) the functions that its options may ask for. Of two that a method takes either of, the one
+    that is cheaper to hold.
+
+    Raises:
+      ValueError: if the problem lacks something that the method needs.
+    """
+    needs = method.needs - {"params"}
+    if {"gradient_variance", "per_example_grads"} <= needs:
+        needs -= {"per_example_grads"}
+    if {"kfac_stats", "per_example_grads"} <= needs:
+        needs -= {"kfac_stats" if problem.layer_statistics is None else "per_example_grads"}
+    lacks = {name for name, field in _OPTIONAL.items() if getattr(problem, field) is None}
+    if missing := needs & lacks:
+        fields = ", ".join(_OPTIONAL[name] for name in sorted(missing))
+        raise ValueError(
+            f"{method.name} needs {', '.join(sorted(missing))}, which the problem {problem.name!r} "
+            f"does not have; accepted: a Problem with {fields}"
+        )
+    if method.family != "baselines":
+        needs |= {"value", "grad", "value_fn", "outputs_fn", "out_loss_fn"} - lacks
+    return tuple(sorted(needs))
 
 
 def _strongly_typed(state: RunState) -> RunState:

@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 
 from optgrad.core import checks
+from optgrad.core import layer_statistics as layers
 from optgrad.experiments import data as data_lib
 from optgrad.experiments import models
 
@@ -47,6 +48,10 @@ class Problem:
       evaluate: (parameters, data, split, index) -> sums over one evaluation batch, by metric, and
         under ``"count"`` the number of examples.
       has_convolutions: whether the loss convolves (see `engine`).
+      outputs: (parameters, batch) -> outputs z, any pytree, for methods that need ``outputs_fn``.
+      out_loss: (z, batch) -> mean loss, convex in z; of `outputs` it is `loss`.
+      layer_statistics: (parameters, batch, key) -> ``kfac_stats``, with labels that the key samples
+        from the model, or without a key those of the batch.
     """
 
     name: str
@@ -59,6 +64,9 @@ class Problem:
     splits: Mapping[str, int]
     evaluate: Callable[[Any, Any, str, chex.Numeric], dict[str, chex.Array]]
     has_convolutions: bool = False
+    outputs: Callable[[Any, Any], Any] | None = None
+    out_loss: Callable[[Any, Any], chex.Array] | None = None
+    layer_statistics: Callable[[Any, Any, chex.PRNGKey | None], Any] | None = None
 
 
 def image_classification(
@@ -139,16 +147,35 @@ def image_classification(
         images, labels = (array[indices] for array in data["train"])
         return Batch(augment_images(key, normalise(data, images), augment), labels)
 
-    def cross_entropy(params: Any, examples: Batch) -> tuple[chex.Array, chex.Array]:
-        logits = nnx.merge(graph, params)(examples.images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels), logits
+    def logits_of(params: Any, images: chex.Array) -> chex.Array:
+        logits: chex.Array = nnx.merge(graph, params)(images)
+        return logits
 
-    def loss(params: Any, examples: Batch) -> chex.Array:
-        value = jnp.mean(cross_entropy(params, examples)[0])
-        if l2:
-            weights = [w for w in jax.tree.leaves(params) if w.ndim > 1]
+    def outputs(params: Any, examples: Batch) -> tuple[chex.Array, list[chex.Array]]:
+        # With the weights among the outputs, the Gauss-Newton matrix contains the L2 term.
+        weights = [w for w in jax.tree.leaves(params) if w.ndim > 1] if l2 else []
+        return logits_of(params, examples.images), weights
+
+    def out_loss(z: tuple[chex.Array, list[chex.Array]], examples: Batch) -> chex.Array:
+        logits, weights = z
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels)
+        value = jnp.mean(losses)
+        if weights:
             value += 0.5 * l2 * sum(jnp.sum(w * w) for w in weights)
         return value
+
+    def loss(params: Any, examples: Batch) -> chex.Array:
+        return out_loss(outputs(params, examples), examples)
+
+    def layer_statistics(params: Any, examples: Batch, key: chex.PRNGKey | None) -> Any:
+        return layers.layer_statistics(
+            graph,
+            params,
+            examples.images,
+            examples.labels,
+            key,
+            labels="data" if key is None else "model",
+        )
 
     def example_loss(params: Any, example: Batch) -> chex.Array:
         return loss(params, jax.tree.map(lambda x: x[None], example))
@@ -159,7 +186,8 @@ def image_classification(
         inside = rows < len(labels)  # the last batch repeats the last image with weight 0
         rows = jnp.minimum(rows, len(labels) - 1)
         examples = Batch(normalise(data, images[rows]), labels[rows])
-        losses, logits = cross_entropy(params, examples)
+        logits = logits_of(params, examples.images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels)
         correct = jnp.argmax(logits, axis=-1) == examples.labels
         return {
             "loss": jnp.sum(jnp.where(inside, losses, 0.0)),
@@ -178,6 +206,9 @@ def image_classification(
         splits={k: -(-len(labels) // evaluation_batch) for k, (_, labels) in splits.items()},
         evaluate=evaluate,
         has_convolutions=models.models()[model].has_convolutions,
+        outputs=outputs,
+        out_loss=out_loss,
+        layer_statistics=layer_statistics,
     )
 
 

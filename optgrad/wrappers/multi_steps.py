@@ -60,11 +60,13 @@ class MultiSteps(optax.GradientTransformationExtraArgs):  # type: ignore[misc]  
       degrees of freedom less than the big batch's, because it leaves out how far the
       micro-batches' means lie apart. Given ``num_examples`` that scatter is known, too, and the
       result is the big batch's exactly.
-    - ``per_example_grads``, ``features`` and functions (``value_fn`` …): refused. The first would
-      be held for the whole big batch, which accumulation is there to avoid (use
+    - ``per_example_grads``, ``kfac_stats``, ``features`` and functions (``value_fn``,
+      ``outputs_fn``, ``residual_fn`` …): refused. The first two would be held for the whole big
+      batch, which accumulation is there to avoid (instead of the first use
       ``gradient_variance``); of features the squares average (use ``curvature_diagonal``); and a
-      function knows one micro-batch only: a line search would compare its loss with the mean. Let
-      the function itself go through the micro-batches, or accept the last one's by ``last``.
+      function knows one micro-batch only: a line search would compare its loss with the mean. Take
+      the big batch at once, and let its loss go through micro-batches by ``microbatch_size`` of
+      `optgrad.curvature_args` or `optgrad.make_step`; or accept the last one's by ``last``.
     - all others: handed over from the last micro-batch.
 
     A NaN in one micro-batch makes its period's averages NaN, and no other's.
@@ -228,6 +230,12 @@ class _Accumulation:
             raise ValueError(f"{name} was passed to MultiSteps: {_refusal(name)}")
 
 
+_WHOLE = (
+    "the big batch at once without MultiSteps, in bounded memory by microbatch_size of "
+    "optgrad.curvature_args or optgrad.make_step"
+)
+
+
 def _refusal(name: str) -> str:
     """Why an extra argument is not handed over, and what is accepted."""
     last = f"or last=({name!r},) for the last micro-batch's alone"
@@ -236,6 +244,10 @@ def _refusal(name: str) -> str:
             "those of all micro-batches would have to be held at once; accepted: "
             f"gradient_variance instead, with average=('gradient_variance',), {last}"
         )
+    if name == "kfac_stats":
+        return (
+            f"those of all micro-batches would have to be held at once; accepted: {_WHOLE}, {last}"
+        )
     if name == "features":
         return (
             "their squares average, not they; accepted: curvature_diagonal (features²) instead, "
@@ -243,15 +255,14 @@ def _refusal(name: str) -> str:
         )
     if _cannot_be_averaged(name):
         return (
-            f"{name} is a function of one micro-batch, which cannot be averaged; accepted: an "
-            "optimizer that does without it, a function that goes through all micro-batches "
-            f"itself, {last}"
+            f"{name} is a function of one micro-batch, which cannot be averaged; accepted: "
+            f"{_WHOLE}, an optimizer that does without it, {last}"
         )
     return f"its mean is not kept; accepted: average=(..., {name!r}), {last}"
 
 
 def _cannot_be_averaged(name: str) -> bool:
-    return name in {"per_example_grads", "features"} or name.endswith("_fn")
+    return name in {"per_example_grads", "features", "kfac_stats"} or name.endswith("_fn")
 
 
 def _never_skip(

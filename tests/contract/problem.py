@@ -478,7 +478,7 @@ def is_elementwise(name: str) -> bool:
     the loss may look as if it did not; it says that it needs it.
     """
     method = optgrad.get_method(name)
-    if "value" in method.needs:
+    if "value" in method.needs or any(map(is_function, method.needs)):
         return False
     pairs = 8 * ((0.3, 2.0), (-0.2, 0.7), (0.1, -1.0))
     plain = linear_run(method, [slope_like(s) for s, _ in pairs])[0]

@@ -73,7 +73,11 @@ def test_inject_schedule(method):
     np.testing.assert_allclose(actual.state.hyperparams[name], values[-1], rtol=1e-5)
 
 
-@pytest.mark.methods_where(predicate=lambda method: problem.tuned(method)[:1] == ("learning_rate",))
+def tunes_learning_rate(method):
+    return problem.tuned(method) is not None and problem.tuned(method)[0] == "learning_rate"
+
+
+@pytest.mark.methods_where(predicate=tunes_learning_rate)
 def test_learning_rate_schedule(method):
     """A schedule as ``learning_rate`` equals setting the rate before each step."""
     schedule, values = decreasing(problem.tuned(method)[1])

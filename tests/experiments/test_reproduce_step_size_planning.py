@@ -53,7 +53,8 @@ SLOW = {"quadratics", "noise", "starts", "mnist"}  # many programs to compile
 @pytest.fixture(autouse=True)
 def digits_for_mnist(monkeypatch):
     """No test depends on files, nor on a network."""
-    monkeypatch.setattr(planning_mnist, "load", lambda settings: data_lib.load("digits"))
+    digits = data_lib.load("digits")
+    monkeypatch.setattr(planning_mnist.local_mnist, "load", lambda settings: digits)
 
 
 def verdicts(result):
@@ -151,7 +152,7 @@ def test_without_mnist_its_section_says_so(monkeypatch, tmp_path):
     def load(settings):
         raise data_lib.DataNotFoundError("mnist is in none of the places")
 
-    monkeypatch.setattr(planning_mnist, "load", load)
+    monkeypatch.setattr(planning_mnist.local_mnist, "load", load)
     result = planning_mnist.mnist(QUICK, lambda fraction: None)
     report_lib.write(PAPER, {"mnist": result}, QUICK, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import optgrad
 
 K = 4
 WITH_EXTRAS = [m for m in optgrad.methods() if m.needs - {"params"}]
-NOT_AVERAGED = {"per_example_grads", "features"}  # and functions
+NOT_AVERAGED = {"per_example_grads", "features", "kfac_stats"}  # and functions
 
 
 def merged(batches):
@@ -63,14 +63,16 @@ def test_a_period_is_one_step_of_the_big_batch(method):
 
     params = single.params
     state, expected_state = wrapped.init(params), inner.init(params)
+    # 12 residuals of a rank below 9 parameters: 1/λ = 100 multiplies the gradient's rounding.
+    rtol = 1e-3 if "residual_fn" in method.needs else 1e-5
     for period in range(2):
         batches = jax.tree.map(lambda x, p=period: x[p * K : (p + 1) * K], single.batches)
         actual, state = accumulated(params, state, batches)
         expected, expected_state = at_once(params, expected_state, batches)
-        problem.assert_close(actual, expected)
+        problem.assert_close(actual, expected, rtol=rtol)
         assert bool(wrapped.has_updated(state))
         params = optax.apply_updates(params, expected)
-    problem.assert_close(state.inner_opt_state, expected_state)
+    problem.assert_close(state.inner_opt_state, expected_state, rtol=rtol)
 
 
 def test_optax_hands_over_the_last_loss_and_none_within_a_chain():
@@ -412,6 +414,14 @@ def test_diagnostics_find_the_wrapped_optimizer():
         ({"per_example_grads": jnp.ones(3)}, ("per_example_grads", "gradient_variance instead")),
         ({"features": 1.0}, ("features", "curvature_diagonal (features²) instead")),
         ({"value_fn": jnp.sum}, ("value_fn", "one micro-batch", "last=('value_fn',)")),
+        *(
+            (
+                {name: jnp.sum},
+                (name, "microbatch_size of optgrad.curvature_args", f"last=('{name}',)"),
+            )
+            for name in ("residual_fn", "outputs_fn", "out_loss_fn", "curvature_fn", "inner_fn")
+        ),
+        ({"kfac_stats": {}}, ("kfac_stats", "held at once", "microbatch_size of optgrad.curv")),
         ({"anything": lambda x: x}, ("anything", "last=('anything',)")),
     ],
 )
@@ -426,6 +436,22 @@ def test_what_would_be_the_last_micro_batchs_alone_is_refused(extra, words):
         update(optgrad.MultiSteps(optax.sgd(0.1), 2))
     assert all(word in str(error.value) for word in words)
     update(optgrad.MultiSteps(optax.sgd(0.1), 2, last=(name,)))  # on request
+
+
+@pytest.mark.usefixtures("x64")
+def test_micro_batches_of_the_loss_are_the_way_to_big_batches():
+    """What the message says: the same as the big batch, where the last function alone is not."""
+    batch = jnp.linspace(-1.0, 3.0, 8)
+    params = {"a": jnp.array([2.0, -1.0])}
+
+    def loss_fn(params, batch):
+        return jnp.mean(jnp.sum((params["a"] - batch[:, None]) ** 4, axis=1))
+
+    def step(size):
+        step = optgrad.make_step("lbfgs", loss_fn, microbatch_size=size)
+        return step(params, step.init(params), batch)[0]["a"]
+
+    np.testing.assert_allclose(step(2), step(None), rtol=1e-12)
 
 
 def test_other_extras_are_the_last_micro_batchs():
@@ -444,6 +470,8 @@ def test_other_extras_are_the_last_micro_batchs():
         ((2,), {"average": "value"}, TypeError, "average = 'value' is a string"),
         ((2,), {"average": ("value_fn",)}, ValueError, "value_fn is a function"),
         ((2,), {"average": ("per_example_grads",)}, ValueError, "held at once"),
+        ((2,), {"average": ("residual_fn",)}, ValueError, "residual_fn is a function"),
+        ((2,), {"average": ("kfac_stats",)}, ValueError, "held at once.*microbatch_size"),
     ],
 )
 def test_bad_arguments(arguments, keywords, error, message):

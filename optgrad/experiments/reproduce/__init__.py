@@ -18,6 +18,7 @@ from optgrad.core import checks
 _MODULES = {  # name on the command line -> module
     "online-parabola": "online_parabola",
     "step-size-planning": "step_size_planning",
+    "survey-slides": "survey_slides",
 }
 
 Progress = Callable[[float], None]  # called with the fraction of a figure that is done
@@ -107,7 +108,7 @@ def reproductions() -> tuple[str, ...]:
 
     Examples:
       >>> reproductions()
-      ('online-parabola', 'step-size-planning')
+      ('online-parabola', 'step-size-planning', 'survey-slides')
     """
     return tuple(_MODULES)
 

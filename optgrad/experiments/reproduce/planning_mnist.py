@@ -9,7 +9,7 @@ import numpy as np
 import optgrad
 from optgrad.experiments import data as data_lib
 from optgrad.experiments import engine, plots, problems
-from optgrad.experiments.reproduce import Finding, Progress, Result, Settings, verdict
+from optgrad.experiments.reproduce import Finding, Progress, Result, Settings, local_mnist, verdict
 from optgrad.experiments.reproduce import planning_quadratics as beyond
 from optgrad.experiments.reproduce import planning_runs as lib
 
@@ -21,10 +21,10 @@ _TITLE = "Beyond the paper: a network on MNIST"
 def mnist(settings: Settings, progress: Progress) -> Result:
     """A multilayer perceptron on MNIST by SGD, momentum and planning, verified and not."""
     try:
-        dataset = load(settings)
+        dataset = local_mnist.load(settings)
     except (data_lib.DataNotFoundError, ImportError) as error:
         progress(1.0)
-        return _skipped(str(error))
+        return local_mnist.skipped(_TITLE, error)
     steps, every, seeds = (6, 3, 1) if settings.quick else (400, 40, 2)
     hidden = (16,) if settings.quick else (100,)
     problem = problems.image_classification(
@@ -73,29 +73,6 @@ def mnist(settings: Settings, progress: Progress) -> Result:
         rows=rows,
         tables=[(header, lines)],
         findings=_findings(rows, rates),
-    )
-
-
-def load(settings: Settings) -> data_lib.Dataset:
-    """MNIST, where it is at hand; nothing is downloaded."""
-    return data_lib.load("mnist", settings.data_dir, download=False)
-
-
-def _skipped(reason: str) -> Result:
-    """The section of a report without the data."""
-    with mpl.rc_context(plots.STYLE):
-        figure = lib.figure(6, 1.2)
-        figure.text(0.5, 0.5, "skipped: MNIST is not at hand", ha="center", va="center")
-    first = reason.splitlines()[0]
-    return Result(
-        title=_TITLE,
-        text=(
-            "**Skipped: MNIST is not at hand.** Give the folder that holds its files by "
-            "`--data-dir` or the environment variable `OPTGRAD_DATA_DIR`."
-        ),
-        figure=figure,
-        rows=[{"status": "skipped"}],
-        findings=[Finding("MNIST", "not in the paper", f"skipped: {first}", "not tried")],
     )
 
 

@@ -74,36 +74,56 @@ def solve(
       max_steps: budget of updates.
       dtype: of the parameters; the default float type if None.
     """
+    return compiled(toy, optimizer, max_steps)(toy.params(dtype))
+
+
+def compiled(
+    toy: Toy, optimizer: optax.GradientTransformation, max_steps: int
+) -> Callable[[Any], Solved]:
+    """`solve` from any start, compiled once for all of them."""
     optimizer = optax.with_extra_args_support(optimizer)
-    params = toy.params(dtype)
-    wide = jax.tree.leaves(params)[0].dtype == jnp.float64
-    target = toy.target if wide else toy.target32
 
-    def running(carry: Any) -> Any:
-        params, _, step, _ = carry
-        value = toy.fn(params)
-        return (step < max_steps) & ~(value <= target) & jnp.isfinite(value)
-
-    def body(carry: Any) -> Any:
-        params, state, step, increases = carry
-        extras = toy.extras(params)
-        updates, state = optimizer.update(extras["grad"], state, params, **extras)
-        params = optax.apply_updates(params, updates)
-        state = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
-        return params, state, step + 1, increases + (toy.fn(params) > extras["value"])
-
-    @jax.jit
     def run(params: Any) -> Any:
-        state = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), init(params))
-        zero = jnp.zeros((), jnp.int32)
-        return jax.lax.while_loop(running, body, (params, state, zero, zero))
+        target = toy.target if _is_double(params) else toy.target32
 
-    init = optimizer.init
-    params, state, steps, increases = run(params)
-    value = float(toy.fn(params))
-    cost = float(diagnostics(state).get("gradient_equivalents", np.nan))
-    reached = value <= target
-    return Solved(int(steps) if reached else None, cost, value, int(increases), params)
+        def running(carry: Any) -> Any:
+            params, _, step, _ = carry
+            value = toy.fn(params)
+            return (step < max_steps) & ~(value <= target) & jnp.isfinite(value)
+
+        def body(carry: Any) -> Any:
+            params, state, step, increases = carry
+            extras = toy.extras(params)
+            updates, state = optimizer.update(extras["grad"], state, params, **extras)
+            params = optax.apply_updates(params, updates)
+            rose = toy.fn(params) > extras["value"]
+            return params, strongly_typed(state), step + 1, increases + rose
+
+        zero = jnp.zeros((), jnp.int32)
+        first = (params, strongly_typed(optimizer.init(params)), zero, zero)
+        return jax.lax.while_loop(running, body, first)
+
+    run = jax.jit(run)
+
+    def solved(params: Any) -> Solved:
+        last, state, steps, increases = run(params)
+        value = float(toy.fn(last))
+        cost = float(diagnostics(state).get("gradient_equivalents", np.nan))
+        target = toy.target if _is_double(params) else toy.target32
+        # The loop may have rounded the value that ended it otherwise.
+        reached = value <= target or (int(steps) < max_steps and bool(np.isfinite(value)))
+        return Solved(int(steps) if reached else None, cost, value, int(increases), last)
+
+    return solved
+
+
+def _is_double(params: Any) -> bool:
+    return bool(jax.tree.leaves(params)[0].dtype == jnp.float64)
+
+
+def strongly_typed(tree: Any) -> Any:
+    """Without weak types, which some optax states gain in their first step."""
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
 
 
 def _half_squares(residuals: Any) -> chex.Array:

@@ -50,6 +50,20 @@ def x64() -> Iterator[None]:
     jax.config.update("jax_enable_x64", before)
 
 
+# Most of the time of these methods' tests is compilation: one stage of .ci/run has the time.
+_SLOW_FAMILY = {method.name for method in optgrad.methods("curvature")}
+_NAMES = ("method", "name", "optimizer")  # of the parameters that may hold a registered method
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves every test that runs for one method of the curvature family to the marker ``slow``."""
+    for item in items:
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        given = [getattr(values[name], "name", values[name]) for name in _NAMES if name in values]
+        if any(isinstance(name, str) and name in _SLOW_FAMILY for name in given):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Prints the efficiency table; writes it where ``OPTGRAD_EFFICIENCY_TABLE`` says."""
     rows = [

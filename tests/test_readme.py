@@ -1,17 +1,24 @@
-"""The README's examples run and print what they say."""
+"""The examples of the README and of the guides run and print what they say."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+EXAMPLES = [
+    pytest.param(path, source, id=f"{path.stem}-{number}")
+    for path in (README, *sorted(ROOT.glob("docs/*.md")))
+    for number, source in enumerate(
+        re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    )
+]
 
 
-@pytest.mark.parametrize("source", EXAMPLES, ids=["chain", "flax"])
-def test_example_prints_what_its_comments_say(source, capsys):
-    exec(compile(source, str(README), "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize(("path", "source"), EXAMPLES)
+def test_example_prints_what_its_comments_say(path, source, capsys):
+    exec(compile(source, str(path), "exec"), {"__name__": "example"})
     expected = re.findall(r"print\(.*\)  # (.*)", source)
     assert expected
     assert capsys.readouterr().out.split("\n")[:-1] == expected

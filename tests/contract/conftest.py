@@ -6,15 +6,14 @@ import pytest
 
 import optgrad
 
-from . import problem, upstream
+from . import upstream
 
 HERE = Path(__file__).parent
 # Left to one stage of .ci/run: what takes XLA several times as long to compile as all else, and
 # optax's own methods, which change with optax only. (A method is tested by being registered; it
-# needs not be named here.)
+# needs not be named here.) tests/conftest.py leaves the curvature family to it everywhere.
 SLOW = {"ogr_subspace", "ogr_diagonal_subspace"}
 SLOW |= {method.name for method in optgrad.methods("baselines")}
-SLOW |= {m.name for m in optgrad.methods() if any(map(problem.is_function, m.needs))}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,6 +13,8 @@ import optgrad
 from optgrad.core import taps
 from optgrad.experiments import models
 
+pytestmark = pytest.mark.slow  # many programs to compile
+
 SIZE = 3
 
 

@@ -68,10 +68,10 @@ class Curve(NamedTuple):
     accuracy: Any  # on the test set
 
 
-def init_params(seed: int) -> list[dict[str, Any]]:
+def init_params(seed: int, inputs: int = 784) -> list[dict[str, Any]]:
     """N(0, 1/inputs) and zeros, of 784-32-10 with tanh: 25,450 numbers."""
     keys = jax.random.split(jax.random.PRNGKey(seed), 2)
-    sizes = ((784, HIDDEN), (HIDDEN, 10))
+    sizes = ((inputs, HIDDEN), (HIDDEN, 10))
     return [
         {"kernel": jax.random.normal(k, s) / np.sqrt(s[0]), "bias": jnp.zeros(s[1])}
         for k, s in zip(keys, sizes, strict=True)
@@ -211,7 +211,7 @@ def _train(
     def extras(params: Any, drawn: Any) -> Any:
         return args(params, *drawn)
 
-    start = init_params(seed)
+    start = init_params(seed, prepared.train.images.shape[1])
     seen = [_look(start, prepared)]
     costs = [0.0]
     for params, cost in runs.within_budget(

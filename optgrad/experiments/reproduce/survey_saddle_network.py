@@ -69,7 +69,7 @@ def loss(params: Any, batch: Images) -> Any:
 
 def reduced(dataset: data_lib.Dataset, count: int) -> Images:
     """The first training images at 10 × 10, in units of their own spread."""
-    images = np.asarray(dataset.train_images[:count], np.float32).reshape(-1, 28, 28)
+    images = np.asarray(dataset.train_images[:count, :, :, 0], np.float32)
     small = jax.image.resize(jnp.asarray(images), (len(images), SIDE, SIDE), "linear")
     flat = small.reshape(len(images), -1)
     flat = (flat - flat.mean(0)) / jnp.std(flat)

@@ -17,8 +17,8 @@ from optgrad.experiments.reproduce import planning_runs as lib
 from optgrad.experiments.reproduce import survey_runs as runs
 
 HIDDEN, BATCH, L2 = 32, 256, 1e-4
-BUDGET = 2000.0
-COLUMNS = (300.0, 1000.0, 2000.0)
+BUDGET = 1000.0
+COLUMNS = (300.0, 1000.0)
 _TITLE = "MNIST with equal budgets"
 
 
@@ -196,16 +196,17 @@ def _train(
         rows = jax.vmap(lambda k: jax.random.randint(k, (BATCH,), 0, count))(keys)
         return jax.tree.map(lambda x: x[rows], prepared.train), keys
 
-    def statistics(params: Any, batch: Batch, key: Any) -> Any:
-        return optgrad.layer_statistics(tapped, params, batch.images, batch.labels, key)
-
     needs = optgrad.get_method(contestant.method).needs
-    layers = "kfac_stats" in needs and "per_example_grads" not in needs
+    # The empirical Fisher matrix is that of the data's labels.
+    labels = "data" if "per_example_grads" in needs else "model"
+
+    def statistics(params: Any, batch: Batch, key: Any) -> Any:
+        return optgrad.layer_statistics(
+            tapped, params, batch.images, batch.labels, key, labels=labels
+        )
+
     args = optgrad.curvature_args(
-        outputs=outputs,
-        out_loss=out_loss,
-        kfac=statistics if layers else None,
-        per_example="per_example_grads" in needs,
+        outputs=outputs, out_loss=out_loss, kfac=statistics if "kfac_stats" in needs else None
     )
 
     def extras(params: Any, drawn: Any) -> Any:

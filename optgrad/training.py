@@ -101,8 +101,10 @@ def curvature_args(
         backward passes, so that ``value_fn``, ``curvature_fn``, ``inner_fn``, their gradients and
         Hessian-vector products, ``outputs_fn`` and its products need the activations of one
         micro-batch only. It need not divide the batch. The numbers are the whole batch's, up to
-        rounding. ``residual_fn`` is not divided: how it is scaled by the number of examples is its
-        own affair.
+        rounding, provided that every output has one row for each example: an output without such
+        an axis that depends on the batch (an auxiliary loss) is taken from the first micro-batch.
+        ``residual_fn`` is not divided: how it is scaled by the number of examples is its own
+        affair.
       curvature_batch: the batch of ``curvature_fn``: the first m examples for an integer m, or
         (batch, key) -> batch.
       inner_batch: the batch of ``inner_fn``, likewise.

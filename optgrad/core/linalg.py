@@ -342,19 +342,28 @@ def _boundary_step(x: chex.ArrayTree, p: chex.ArrayTree, radius: chex.Numeric) -
 # --- trust in the model -----------------------------------------------------------------------
 
 
-def gain_ratio(before: chex.Array, after: chex.Array, predicted: chex.Array) -> chex.Array:
+def gain_ratio(
+    before: chex.Array, after: chex.Array, predicted: chex.Array, rounding: float | None = None
+) -> chex.Array:
     r"""ρ = (f₀ − f₁)/predicted: the decrease of the loss relative to that of its model.
 
     It is −1, the worst, where a number is not finite or the model predicts no decrease, and 1 where
     both decreases are within the roundings of f₀: there the loss says nothing about the model, and
     a damping that believed it would run away.
 
+    Args:
+      before: f₀, shape ().
+      after: f₁.
+      predicted: the decrease by the model.
+      rounding: of the type in which the loss was computed; by default that of float32, or of
+        float64 where it is enabled.
+
     Examples:
       >>> print(gain_ratio(jnp.array(3.0), jnp.array(2.0), jnp.array(2.0)))
       0.5
     """
     gained = before - after
-    floor = 10.0 * epsilon() * jnp.abs(before)
+    floor = 10.0 * (epsilon() if rounding is None else rounding) * jnp.abs(before)
     hidden = (jnp.abs(gained) <= floor) & (predicted <= floor) & (predicted >= 0)
     valid = jnp.isfinite(gained) & jnp.isfinite(predicted) & (predicted > 0)
     ratio = jnp.where(valid, gained / jnp.where(valid, predicted, 1.0), -1.0)

@@ -48,7 +48,8 @@ def with_safe_linesearch(
     optax's zoom search returns its last trial where its budget of evaluations ends, which may be
     far uphill; it keeps a step size of 0, once it has seen no finite loss, for ever; and it refuses
     extra arguments that are meant for others. Here it sees ``value``, ``grad`` and ``value_fn``
-    alone, its result is checked, and a failure begins anew: the direction forgets its history,
+    alone, its result is checked, and a failure begins anew: the direction forgets its history
+    (and its own count of steps: schedules inside of it start again),
     which for conjugate gradients and quasi-Newton methods is a restart from steepest descent.
 
     The search runs in the widest type of the parameters' leaves, float32 at least, on the loss at
@@ -130,7 +131,7 @@ def with_safe_linesearch(
         reached = jnp.asarray(value_fn(optax.apply_updates(params, found)), value.dtype)
         moves = jnp.asarray(getattr(searched, "learning_rate", 1.0)) > 0
         finite = linalg.all_finite((updates, found)) & jnp.isfinite(value)
-        taken = moves & finite & (reached <= value)
+        taken = moves & finite & jnp.isfinite(reached) & (reached <= value)
 
         count = optax.safe_increment(state.count)
         cost = state.cost + _direction_cost(state.direction, directed) + _search_cost(searched)

@@ -94,6 +94,8 @@ class _Layered:
     def __init__(self, like: optax.Updates, kfac_stats: Mapping[Any, Any]) -> None:
         stats = {_name(path): LayerStatistics(*found) for path, found in kfac_stats.items()}
         self._like = like
+        known = {layer.path for layer in kfac_layers.find_layers(like)}
+        stats = {path: found for path, found in stats.items() if path in known}  # others: frozen
         self._layers = kfac_layers.find_layers(like, tuple(stats))
         number = sum(1 + (layer.bias is not None) for layer in self._layers)
         if number != len(jax.tree.leaves(like)):

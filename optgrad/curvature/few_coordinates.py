@@ -49,7 +49,9 @@ def minimum(
     def running(carry: _Inner) -> chex.Array:
         # By a model of curvature 1; what cannot be seen would cost a whole line search.
         visible = 0.5 * jnp.sum(carry.grad**2) > 10.0 * linalg.epsilon() * jnp.abs(carry.value)
-        left = visible if is_scaled else jnp.any(carry.grad != 0)
+        # The first step is always tried: where the curvature is not positive, much may come of it.
+        is_worth = visible | (carry.step == 0) if is_scaled else True
+        left = is_worth & jnp.any(carry.grad != 0)
         return carry.goes_on & (carry.step < max_steps) & left
 
     def body(carry: _Inner) -> _Inner:
@@ -60,7 +62,8 @@ def minimum(
         alpha = carry.alpha + updates
         # A step may lead uphill and the next one far down; a line search may end anywhere.
         changes = jnp.abs(found.value - carry.value) > linalg.epsilon() * jnp.abs(carry.value)
-        improves = (found.value < carry.least) & jnp.all(jnp.isfinite(alpha))
+        improves = (found.value < carry.least) & jnp.isfinite(found.value)
+        improves &= jnp.all(jnp.isfinite(alpha))
         return _Inner(
             alpha,
             found.value,

@@ -204,7 +204,7 @@ class _Proximal(NamedTuple):
         def too_far(search: tuple[chex.Array, chex.Array]) -> chex.Array:
             halvings, value = search
             decreased = value <= y.value - _SUFFICIENT * 0.5**halvings * slope
-            return ~decreased & (halvings < self.backtracks)
+            return ~(decreased & jnp.isfinite(value)) & (halvings < self.backtracks)
 
         def halved(search: tuple[chex.Array, chex.Array]) -> tuple[chex.Array, chex.Array]:
             halvings = search[0] + 1
@@ -212,7 +212,8 @@ class _Proximal(NamedTuple):
 
         none = trial.zero_count()
         halvings, value = jax.lax.while_loop(too_far, halved, (none, self.value(ahead(none))))
-        decreased = (value <= y.value) & linalg.all_finite(found.direction)
+        decreased = (value <= y.value) & jnp.isfinite(value)
+        decreased &= linalg.all_finite(found.direction)
         step = linalg.where(decreased, ahead(halvings), y.step)
         return _Iterate(
             step,

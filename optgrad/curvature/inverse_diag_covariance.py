@@ -122,13 +122,15 @@ def _finite_or(new: chex.ArrayTree, old: chex.ArrayTree) -> chex.ArrayTree:
 def _mean(tree: chex.ArrayTree) -> chex.Array:
     """Of all entries, shape (); 0 of none."""
     dtype = averages.scalar_dtype()
-    sums = [jnp.sum(x, dtype=dtype) for x in jax.tree.leaves(tree)]
-    return sum(sums, start=jnp.zeros((), dtype)) / max(trees.size(tree), 1)
+    number = max(trees.size(tree), 1)  # each entry is divided: the sum of squares may overflow
+    sums = [jnp.sum(x.astype(dtype) / number) for x in jax.tree.leaves(tree)]
+    return sum(sums, start=jnp.zeros((), dtype))
 
 
 def _shrunk_entry(g: chex.Array, c: chex.Array, damping: chex.Numeric) -> chex.Array:
     c = trees.wide(c)
     scale = jnp.asarray(damping, c.dtype)
     total = c + scale
-    share = jnp.where(total > 0, scale / jnp.where(total > 0, total, 1.0), 1.0)
+    known = (total > 0) & jnp.isfinite(total)
+    share = jnp.where(known, scale / jnp.where(known, total, 1.0), 1.0)
     return jnp.where(jnp.isfinite(g), share * trees.wide(g), 0.0)

@@ -99,7 +99,8 @@ def kfac(
       layers: paths of the layers (``("Dense_0", "layers/1")``) to be preconditioned; None is all
         that `params` have, mappings with a floating-point ``"kernel"`` of 2 or 4 axes.
       fallback: transformation of all other leaves (embeddings, normalisation, layers left out),
-        giving their final, signed updates; it sees `optax.MaskedNode` in place of the layers. The
+        giving their final, signed updates; it sees gradients and parameters alone, no extra
+        arguments, with `optax.MaskedNode` in place of the layers. The
         default is SGD with this ``momentum`` and ``learning_rate``; embeddings want
         ``optax.adam(1e-3)`` or the like.
       adaptive: whether step size, momentum and damping are found at each step.

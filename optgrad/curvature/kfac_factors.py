@@ -55,9 +55,9 @@ def update(
     statistics: Mapping[str, LayerStatistics],
     damping: chex.Numeric,
     decay: chex.Numeric,
-    refresh: chex.Array,
+    due: chex.Array,
 ) -> Curvature:
-    """With one more batch in the averages, and new inverses if ``refresh``."""
+    """With one more batch in the averages, and new inverses if ``due`` or at the first batch."""
     # The mean of all batches, until an exponential average would give the newest more weight.
     first = 1.0 / (curvature.samples + 1).astype(averages.scalar_dtype())
     weight = jnp.maximum(jnp.asarray(1 - decay, first.dtype), first)
@@ -69,11 +69,15 @@ def update(
         path: jax.tree.map(averaged, old, _moments(statistics[path], old))
         for path, old in curvature.factors.items()
     }
-    inverses = jax.lax.cond(
-        refresh,
-        lambda: {path: damped_inverses(f, damping) for path, f in factors.items()},
-        lambda: curvature.inverses,
-    )
+
+    def inverted(_: chex.Array, past: dict[str, Factors]) -> dict[str, Factors]:
+        del past
+        return {path: damped_inverses(f, damping) for path, f in factors.items()}
+
+    # A loop of one turn or none: unlike a condition it stays one under `jax.vmap`, where the runs
+    # may have their first good batch at different steps.
+    turns = (due | (curvature.samples == 0)).astype(jnp.int32)
+    inverses = jax.lax.fori_loop(0, turns, inverted, curvature.inverses)
     return Curvature(optax.safe_increment(curvature.samples), factors, inverses)
 
 

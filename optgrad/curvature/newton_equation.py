@@ -70,8 +70,10 @@ def solve(
     d = found.solution
     damped = 0.5 * (linalg.dot(d, b) + linalg.dot(d, found.residual))
     predicted = damped + 0.5 * damping * linalg.dot(d, weighted(d))
-    # A product that is not finite ends the iterations as negative curvature does.
-    d = linalg.where(jnp.isfinite(predicted), d, linalg.scale(jnp.nan, d))
+    # A product that is not finite ends the iterations as negative curvature does, and a right-hand
+    # side whose square overflows ends them before the first: neither is a solution.
+    posed = jnp.isfinite(predicted) & jnp.isfinite(linalg.norm(b))
+    d = linalg.where(posed, d, linalg.scale(jnp.nan, d))
     return Step(d, predicted, found.iterations, found.negative_curvature, found.hit_boundary)
 
 

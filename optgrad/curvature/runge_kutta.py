@@ -53,8 +53,9 @@ def runge_kutta(
       \theta \leftarrow \theta - h\sum_i b_i k_i
 
     with the incoming updates u, the gradient, as first slope, and the other slopes on the same
-    batch. ``"euler"`` is gradient descent, of order 1 in h; ``"midpoint"`` and ``"heun"`` are of
-    order 2, ``"rk4"`` of order 4.
+    batch: what precedes in a chain (clipping, weight decay) changes u alone, to which
+    ``"midpoint"`` gives no weight of its own. ``"euler"`` is gradient descent, of order 1 in h;
+    ``"midpoint"`` and ``"heun"`` are of order 2, ``"rk4"`` of order 4.
 
     It shines where the path of the flow itself is wanted. As an optimizer it buys accuracy that is
     not needed: on a stiff loss of largest curvature L stability still asks for h < 2/L (Heun,

@@ -165,7 +165,10 @@ def search(
     alike = values <= jnp.minimum(best + 10.0 * linalg.epsilon() * jnp.abs(best), value)
     chosen = dampings[jnp.argmax(alike)]  # the first one, from the largest damping down
     accepted = (best <= value) & jnp.isfinite(value)
-    following = jnp.where(best < value, chosen, jnp.where(best == value, damping, 10.0 * damping))
+    # A decrease within the roundings of the loss says nothing about the damping.
+    floor = 10.0 * linalg.epsilon() * jnp.abs(value)
+    following = jnp.where(best < value - floor, chosen, damping)
+    following = jnp.where(best > value, 10.0 * damping, following)
     updates = transforms.cast_like(steps.at(chosen).vector, params)
     return trial.taken(accepted, updates), accepted, jnp.clip(following, _LEAST, _MOST)
 

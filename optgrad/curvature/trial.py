@@ -49,12 +49,21 @@ def attempt(
         that does not increase the loss.
     """
     updates = transforms.cast_like(step, params)
-    reached = jnp.asarray(value_fn(optax.apply_updates(params, updates)), value.dtype)
-    ratio = linalg.gain_ratio(value, reached, predicted)
-    accepted = jnp.isfinite(value) & (reached <= value) & linalg.all_finite(updates)
+    raw = jnp.asarray(value_fn(optax.apply_updates(params, updates)))
+    reached = raw.astype(value.dtype)
+    ratio = linalg.gain_ratio(value, reached, predicted, rounding(raw, params))
+    decreased = (reached <= value) & jnp.isfinite(reached) & jnp.isfinite(value)
+    accepted = decreased & linalg.all_finite(updates)
     if least_ratio is not None:
         accepted &= ratio > least_ratio
     return Trial(taken(accepted, updates), reached, ratio, accepted)
+
+
+def rounding(value: chex.Array, params: optax.Params) -> float:
+    """Of a loss, by its type and by the parameters': float32 ones in 64-bit mode too."""
+    widest = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    infos: list[Any] = [jnp.finfo(d) for d in (value.dtype, widest)]  # type: ignore[no-untyped-call]
+    return max(float(info.eps) for info in infos)
 
 
 def taken(accepted: chex.Array, updates: optax.Updates) -> optax.Updates:

@@ -207,7 +207,7 @@ def _cut_layers(mask: Any, statistics: Mapping[str, Any]) -> dict[str, Any]:
     return {
         layer: found
         for layer, found in statistics.items()
-        if any(path.startswith(f"{layer}/kernel/") for path in paths)
+        if any(path.startswith(f"{layer}/kernel/".lstrip("/")) for path in paths)
     }
 
 

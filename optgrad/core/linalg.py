@@ -67,7 +67,13 @@ def widened(tree: chex.ArrayTree) -> chex.ArrayTree:
 
 def zeros_like(tree: chex.ArrayTree) -> chex.ArrayTree:
     """Zeros in at least float32, placed like the tree's leaves."""
-    return jax.tree.map(lambda x: jnp.zeros_like(trees.wide(x)), tree)
+    return jax.tree.map(_zeros_like, tree)
+
+
+def _zeros_like(x: chex.Array) -> chex.Array:
+    """As a choice that never falls on x: `jnp.zeros_like` forgets an explicit placement."""
+    x = trees.wide(x)
+    return jnp.where(True, jnp.zeros((), x.dtype), x)
 
 
 def unit(x: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.Array]:
@@ -82,7 +88,7 @@ def random_unit(key: chex.PRNGKey, like: chex.ArrayTree) -> chex.ArrayTree:
     structure: Any = jax.tree.structure(like)
     keys = jax.random.split(key, max(len(leaves), 1))
     normal = [
-        jax.random.normal(k, x.shape, averages.average_dtype(x)) + jnp.zeros_like(trees.wide(x))
+        jax.random.normal(k, x.shape, averages.average_dtype(x)) + _zeros_like(x)
         for k, x in zip(keys, leaves, strict=False)
     ]
     return unit(structure.unflatten(normal))[0]
@@ -90,9 +96,7 @@ def random_unit(key: chex.PRNGKey, like: chex.ArrayTree) -> chex.ArrayTree:
 
 def empty_basis(like: chex.ArrayTree, count: int) -> chex.ArrayTree:
     """A basis of ``count`` zero directions, at least float32, placed like ``like``."""
-    return jax.tree.map(
-        lambda x: jnp.broadcast_to(jnp.zeros_like(trees.wide(x))[None], (count, *x.shape)), like
-    )
+    return jax.tree.map(lambda x: jnp.broadcast_to(_zeros_like(x)[None], (count, *x.shape)), like)
 
 
 def set_direction(basis: chex.ArrayTree, index: chex.Numeric, x: chex.ArrayTree) -> chex.ArrayTree:

@@ -92,15 +92,15 @@ class _Layered:
     """Gradients of layers, as sums of outer products."""
 
     def __init__(self, like: optax.Updates, kfac_stats: Mapping[Any, Any]) -> None:
-        stats = {_name(path): LayerStatistics(*found) for path, found in kfac_stats.items()}
+        given = {_name(path): LayerStatistics(*found) for path, found in kfac_stats.items()}
         self._like = like
         known = {layer.path for layer in kfac_layers.find_layers(like)}
-        stats = {path: found for path, found in stats.items() if path in known}  # others: frozen
+        stats = {path: found for path, found in given.items() if path in known}  # others: frozen
         self._layers = kfac_layers.find_layers(like, tuple(stats))
         number = sum(1 + (layer.bias is not None) for layer in self._layers)
         if number != len(jax.tree.leaves(like)):
             raise ValueError(
-                f"kfac_stats has the layers {sorted(stats)}, which are {number} of the "
+                f"kfac_stats has the layers {sorted(given)}, which are {number} of the "
                 f"{len(jax.tree.leaves(like))} leaves of the parameters; accepted: statistics of "
                 "layers that contain all of them. Pass per_example_grads instead"
             )

@@ -323,7 +323,7 @@ def test_statistics_that_do_not_fit():
     wrong = stats | {"layer_0": stats["layer_1"]}
     with pytest.raises(ValueError, match=r"kfac_stats\['layer_0'\].*kernel of shape \(3, 4\)"):
         example_gradients.examples(params, None, wrong)
-    with pytest.raises(ValueError, match="no layer of params"):
+    with pytest.raises(ValueError, match=r"the layers \['elsewhere'\], which are 0"):
         example_gradients.examples(params, None, {"elsewhere": stats["layer_0"]})
 
 

@@ -182,13 +182,13 @@ def _trace(objective: Objective, start: Any, costs: Any, values: Any) -> Trace:
 def profile(settings: Settings, progress: Progress) -> Result:
     """The share of problems that each solver solves, over its cost relative to the cheapest."""
     try:
-        chosen = cutest_problems(40 if settings.quick else 4)
+        chosen = cutest_problems(40 if settings.quick else 10)
         import optimistix  # noqa: F401, PLC0415
     except ImportError as error:
         progress(1.0)
         return _skipped(error)
     with lib.double_precision():
-        chosen = cutest_problems(40 if settings.quick else 4)
+        chosen = cutest_problems(40 if settings.quick else 10)
         traces = {}
         for i, (name, (objective, start)) in enumerate(chosen.items()):
             traces[name] = {
@@ -218,7 +218,7 @@ def profile(settings: Settings, progress: Progress) -> Result:
         title=_TITLE,
         text=(
             f"{len(traces)} unconstrained CUTEst problems with at most {MAX_PARAMETERS} variables "
-            "(every fourth of sif2jax by name), float64, from the start that they give. A problem "
+            "(every tenth of sif2jax by name), float64, from the start that they give. A problem "
             "is solved to τ when f ≤ f* + τ(f₀ − f*), with the lowest f* that any solver found. "
             f"At most {BUDGET:g} gradient equivalents and {STEPS} updates; the same "
             "hyperparameters, the defaults but for k = 12 and adaptive damping, on all problems. "

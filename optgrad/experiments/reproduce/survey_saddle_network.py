@@ -23,7 +23,7 @@ from optgrad.experiments.reproduce import survey_runs as runs
 
 SIDE, CLASSES = 10, 10
 EXAMPLES, CURVED = 10_000, 1_000  # training set; of it for the eigenvalues that are shown
-EPOCHS = 10
+EPOCHS = 6
 _TITLE = "Networks that meet saddles"
 _RATES = (0.03, 0.1, 0.3, 1.0)  # of minibatch SGD
 

@@ -39,6 +39,9 @@ EXTRAS: Mapping[str, str] = {
     "a method that lists it beside per_example_grads takes either",
 }
 
+# Where a method that lists both takes either: the one that is built, and the other.
+_EITHER = (("gradient_variance", "per_example_grads"), ("curvature_diagonal", "features"))
+
 
 class Tunable(NamedTuple):
     """The hyperparameter that a sweep tunes, and the decades in which its best value may lie."""
@@ -111,6 +114,24 @@ class Method:
           23
         """
         return self.state_size(size) if callable(self.state_size) else self.state_size
+
+    def extras(self, *, has_layers: bool) -> set[str]:
+        """What to build for ``update``: of two arguments that it takes either of, one.
+
+        Args:
+          has_layers: whether statistics of layers can be had, which are cheaper to hold than the
+            gradients of all examples.
+
+        Examples:
+          >>> sorted(get_method("m_svag_mb").extras(has_layers=False))
+          ['gradient_variance']
+        """
+        names = set(self.needs - {"params"})
+        layers = ("kfac_stats", "per_example_grads")
+        for chosen, other in (*_EITHER, layers if has_layers else layers[::-1]):
+            if {chosen, other} <= names:
+                names -= {other}
+        return names
 
     def check_hyperparameter(self, name: str) -> None:
         """Raises `UnknownHyperparameterError` unless the factory has a parameter of that name."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from optgrad import registry
-from optgrad.core import gauss_newton, linalg, microbatches, oracles
+from optgrad.core import gauss_newton, linalg, microbatches, oracles, transforms
 from optgrad.core.diagnostics import diagnostics
 
 BatchFn = Callable[..., Any]  # (params, batch) or (params, batch, key) -> anything
@@ -33,9 +33,6 @@ _SOURCES: Mapping[str, tuple[str, ...]] = {
     "inner_fn": ("loss_fn", "inner_batch"),
     "kfac_stats": ("kfac",),
 }
-# Where a method takes either of two, the one that is built (of the last pair, what is given).
-_EITHER = (("gradient_variance", "per_example_grads"), ("curvature_diagonal", "features"))
-
 
 # --- the extra arguments ------------------------------------------------------------------------
 
@@ -421,7 +418,7 @@ class TrainingStep:
 
     def init(self, params: optax.Params) -> optax.OptState:
         """The optimizer's state for these parameters, with buffers of its own."""
-        return jax.tree.map(lambda x: jnp.copy(_strongly_typed(x)), self.optimizer.init(params))
+        return jax.tree.map(jnp.copy, transforms.strongly_typed(self.optimizer.init(params)))
 
     def __call__(
         self, params: optax.Params, state: optax.OptState, batch: Any, key: Any = None
@@ -453,7 +450,7 @@ class TrainingStep:
         extra = self.args.sources.build(names, params, batch, key)
         passed = {name: extra[name] for name in self.args.names}
         updates, state = self.optimizer.update(extra["grad"], state, params, **passed)
-        state = jax.tree.map(_strongly_typed, state)
+        state = transforms.strongly_typed(state)
         params = optax.apply_updates(params, updates)
         return params, state, StepInfo(extra["value"], diagnostics(state))
 
@@ -538,18 +535,7 @@ def make_step(
 
 def _needed(method: registry.Method, sources: _Sources) -> set[str]:
     """The extra arguments that are built for a method of the registry."""
-    names = set(method.needs) - {"params"}
-    for chosen, other in _EITHER:
-        if {chosen, other} <= names:
-            names -= {other}
-    if {"per_example_grads", "kfac_stats"} <= names:
-        names -= {"per_example_grads" if sources.kfac is not None else "kfac_stats"}
+    names = method.extras(has_layers=sources.kfac is not None)
     if method.family == "baselines":
         return names
     return names | sources.given_names() - {"kfac_stats"}
-
-
-def _strongly_typed(x: Any) -> chex.Array:
-    """Without weak type, which some optax states gain or lose: each would compile again."""
-    x = jnp.asarray(x)
-    return jax.lax.convert_element_type(x, x.dtype)

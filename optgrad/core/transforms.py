@@ -1,6 +1,6 @@
 """Small pieces that every family's transformations are assembled from."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import chex
 import jax
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optgrad.core import averages, checks
+
+_Tree = TypeVar("_Tree")
 
 
 def with_learning_rate(
@@ -45,6 +47,17 @@ def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
         return jnp.asarray(x, jnp.result_type(y)) if is_float else x
 
     return jax.tree.map(cast, tree, like)
+
+
+def strongly_typed(tree: _Tree) -> _Tree:
+    """The tree without weak types, which some optax states gain or lose: each would recompile."""
+
+    def strong(x: Any) -> chex.Array:
+        x = jnp.asarray(x)
+        return jax.lax.convert_element_type(x, x.dtype)
+
+    typed: _Tree = jax.tree.map(strong, tree)
+    return typed
 
 
 def hyperparameter_at(value: Any, count: chex.Array) -> chex.Array:

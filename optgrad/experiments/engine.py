@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 from optgrad import registry
-from optgrad.core import checks, oracles
+from optgrad.core import checks, oracles, transforms
 from optgrad.experiments.problems import Problem
 
 VECTORIZE = ("auto", "vmap", "map")
@@ -259,7 +259,9 @@ class Trainer:
         params = self.problem.init(init_key)
         opt_state = self._optimizer(hyperparams).init(params)
         zero = jnp.zeros((), jnp.int32)
-        return _strongly_typed(RunState(params, opt_state, zero, diverged_at=jnp.zeros_like(zero)))
+        return transforms.strongly_typed(
+            RunState(params, opt_state, zero, diverged_at=jnp.zeros_like(zero))
+        )
 
     def _draw_batches(self, first_step: chex.Array, seed: chex.Array, data: Any) -> Any:
         """What identifies the batches of an interval, and a key for each step that needs one."""
@@ -300,7 +302,7 @@ class Trainer:
         step = state.step + 1
         is_first = (state.diverged_at == 0) & ~jnp.isfinite(value)
         diverged_at = jnp.where(is_first, step, state.diverged_at)
-        return _strongly_typed(RunState(params, opt_state, step, diverged_at)), value
+        return transforms.strongly_typed(RunState(params, opt_state, step, diverged_at)), value
 
     def _oracles(
         self, params: Any, batch: Any, key: chex.PRNGKey | None
@@ -346,11 +348,7 @@ def _extras_for(problem: Problem, method: registry.Method) -> tuple[str, ...]:
     Raises:
       ValueError: if the problem lacks something that the method needs.
     """
-    needs = method.needs - {"params"}
-    if {"gradient_variance", "per_example_grads"} <= needs:
-        needs -= {"per_example_grads"}
-    if {"kfac_stats", "per_example_grads"} <= needs:
-        needs -= {"kfac_stats" if problem.layer_statistics is None else "per_example_grads"}
+    needs = method.extras(has_layers=problem.layer_statistics is not None)
     lacks = {name for name, field in _OPTIONAL.items() if getattr(problem, field) is None}
     if missing := needs & lacks:
         fields = ", ".join(_OPTIONAL[name] for name in sorted(missing))
@@ -361,12 +359,6 @@ def _extras_for(problem: Problem, method: registry.Method) -> tuple[str, ...]:
     if method.family != "baselines":
         needs |= {"value", "grad", "value_fn", "outputs_fn", "out_loss_fn"} - lacks
     return tuple(sorted(needs))
-
-
-def _strongly_typed(state: RunState) -> RunState:
-    """The state without weak types, which some optax states gain or lose: each would recompile."""
-    typed: RunState = jax.tree.map(lambda x: x.astype(x.dtype), state)
-    return typed
 
 
 def _not_vectorized(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:

@@ -6,8 +6,8 @@ from typing import Any
 import chex
 import optax
 
+from optgrad.core import linalg
 from optgrad.step_size import linearized_loss as ll
-from optgrad.step_size import loss_based
 
 
 def l4(
@@ -106,6 +106,6 @@ def l4(
         vector, inner = transformation.update(
             sample.gradient, state.direction, sample.params, **sample.extra
         )
-        return lambda _: vector, loss_based.chosen(sample.taken, inner, state.direction)
+        return lambda _: vector, linalg.where(sample.taken, inner, state.direction)
 
     return ll.along(apply, transformation.init, rule)

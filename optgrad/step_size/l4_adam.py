@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, transforms, trees
+from optgrad.core import averages, checks, linalg, transforms, trees
 from optgrad.registry import Method, Tunable, register
 from optgrad.step_size import linearized_loss as ll
 from optgrad.step_size import loss_based
@@ -110,7 +110,7 @@ def l4_adam(
         weights = averages.sample_weights(optax.safe_increment(state.count), decay)
         squares = jax.tree.map(lambda g: jnp.square(trees.wide(g)), sample.gradient)
         squares = averages.update_mean(state.direction, squares, weights)
-        squares = loss_based.chosen(sample.taken, squares, state.direction)
+        squares = linalg.where(sample.taken, squares, state.direction)
 
         def vector(one: chex.Array) -> optax.Updates:
             return jax.tree.map(

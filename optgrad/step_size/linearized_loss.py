@@ -9,7 +9,7 @@ import chex
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, transforms, trees
+from optgrad.core import averages, checks, linalg, transforms, trees
 from optgrad.step_size import loss_based
 
 
@@ -126,13 +126,13 @@ def along(
         **extra: Any,
     ) -> tuple[optax.Updates, L4State]:
         value = transforms.require_value(value)
-        taken = jnp.isfinite(value) & jnp.isfinite(loss_based.squared_norm(updates))
+        taken = jnp.isfinite(value) & jnp.isfinite(linalg.dot(updates, updates))
         count = optax.safe_increment(state.count)
         weights = averages.sample_weights(
             count, transforms.hyperparameter_at(rule.beta, state.count)
         )
         mean = averages.update_mean(state.mean_gradient, updates, weights)
-        mean = loss_based.chosen(taken, mean, state.mean_gradient)
+        mean = linalg.where(taken, mean, state.mean_gradient)
         sample = Sample(updates, mean, params, {**extra, "value": value}, taken)
         vector, inner = direction(sample, state)
         one = jnp.ones_like(value)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, transforms, trees
+from optgrad.core import averages, linalg, transforms, trees
 
 POLYAK = 'B. T. Polyak, "Introduction to Optimization", 1987'
 SPS = (
@@ -64,7 +64,7 @@ def along_gradient(rule: Rule) -> optax.GradientTransformationExtraArgs:
         **extra: Any,
     ) -> tuple[optax.Updates, GradientStepState]:
         del extra
-        value, size = transforms.require_value(value), squared_norm(updates)
+        value, size = transforms.require_value(value), linalg.dot(updates, updates)
         step = rule(value, size, state)
         taken = jnp.isfinite(value) & jnp.isfinite(size)
         remembered = jnp.where(step > 0, step, state.step_size)
@@ -73,11 +73,6 @@ def along_gradient(rule: Rule) -> optax.GradientTransformationExtraArgs:
         return descend(updates, step, taken, like), kept_unless(taken, new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def squared_norm(tree: chex.ArrayTree) -> chex.Array:
-    """‖g‖² over the whole tree, in at least float32."""
-    return jnp.sum(trees.inner_products((tree, tree))[0])
 
 
 def quotient(numerator: chex.Array, denominator: chex.Array) -> chex.Array:
@@ -103,12 +98,7 @@ def descend(
 def kept_unless(taken: chex.Array, new: Any, old: Any) -> Any:
     """The new state where the step is taken, else the old one with one more skipped step."""
     skipped = jnp.where(taken, old.skipped, optax.safe_increment(old.skipped))
-    return chosen(taken, new, old)._replace(skipped=skipped)
-
-
-def chosen(condition: chex.Array, new: Any, old: Any) -> Any:
-    """One of two trees."""
-    return jax.tree.map(lambda x, y: x if x is y else jnp.where(condition, x, y), new, old)
+    return linalg.where(taken, new, old)._replace(skipped=skipped)
 
 
 def zero_count() -> chex.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, transforms, trees
+from optgrad.core import averages, checks, linalg, transforms, trees
 from optgrad.registry import Method, Tunable, register
 from optgrad.step_size import loss_based
 
@@ -223,7 +223,7 @@ def _judged_now(
             f"value_fn = {value_fn!r}; accepted: a function of the parameters, the loss of the "
             'same batch (with evaluation="next_value" it is not needed)'
         )
-    size = loss_based.squared_norm(updates)
+    size = linalg.dot(updates, updates)
     is_finite = jnp.isfinite(value) & jnp.isfinite(size)
     factor, h = rule.limited(state.factor, state.count)
     moved = loss_based.descend(updates, h, is_finite, params)
@@ -250,7 +250,7 @@ def _judged_later(
 ) -> tuple[optax.Updates, LossGradState]:
     """A step whose end is where the next call is made."""
     value = losses.value
-    size = loss_based.squared_norm(updates)
+    size = linalg.dot(updates, updates)
     is_finite = jnp.isfinite(value) & jnp.isfinite(size)
     is_first = state.count == 0
     change = jnp.where(is_finite, value - state.value, jnp.nan)
@@ -274,7 +274,7 @@ def _judged_later(
     # Back by the rejected step, and forth by the next one, both along the old gradient.
     taken = is_finite | ~is_first
     wide = jax.tree.map(trees.wide, updates)
-    gradient = loss_based.chosen(accepted & taken, wide, state.gradient)
+    gradient = linalg.where(accepted & taken, wide, state.gradient)
     length = jnp.where(accepted, h, h - state.step_size)
     moved = loss_based.descend(gradient, length, taken, like)
     new, old = new._replace(gradient=gradient), state._replace(gradient=gradient)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import scipy.optimize
 
 import optgrad
+from optgrad.core import oracles
 from optgrad.experiments import plots
 from optgrad.experiments.reproduce import Finding, Progress, Result, Settings, verdict
 from optgrad.experiments.reproduce import planning_runs as lib
@@ -38,8 +39,7 @@ class Trace(NamedTuple):
 
     def cost_of(self, bound: float) -> float:
         """What it cost to come to ``bound`` or below; infinite if it never did, or over budget."""
-        reached = np.flatnonzero(self.values <= bound)
-        cost = float(self.costs[reached[0]]) if len(reached) else np.inf
+        cost = runs.first_cost(self.costs, self.values, bound)
         return cost if cost <= BUDGET else np.inf
 
 
@@ -130,7 +130,7 @@ def _optimistix(name: str, steps: int) -> Solver:
         for _ in range(steps):
             y, state = step(y, state)
             values.append(float(value(y)))
-        costs = (_GRADIENT + runs.VALUE) * np.arange(1, steps + 1)
+        costs = (_GRADIENT + oracles.VALUE_COST) * np.arange(1, steps + 1)
         return _trace(objective, start, costs, values)
 
     return solve
@@ -157,7 +157,7 @@ def _scipy(method: str) -> Solver:
             return float(value), np.asarray(grad)
 
         def hessp(x: Any, v: Any) -> Any:
-            charge(runs.PRODUCT, values[-1])
+            charge(oracles.HESSIAN_PRODUCT_COST["exact"], values[-1])
             return np.asarray(hessian_vector(jnp.asarray(x), jnp.asarray(v)))
 
         second = {"hessp": hessp} if method in {"Newton-CG", "trust-krylov"} else {}

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import optax
 
 import optgrad
-from optgrad.core import oracles
-from optgrad.experiments.reproduce import survey_toys as toys
+from optgrad.core import transforms
 
 Extras = Callable[[Any, Any], dict[str, Any]]  # (params, batch) -> value, grad and all the others
 Array = npt.NDArray[Any]
@@ -55,7 +54,7 @@ def step_of(optimizer: optax.GradientTransformationExtraArgs, extras: Extras) ->
         updates, state = optimizer.update(available["grad"], state, params, **available)
         return (
             optax.apply_updates(params, updates),
-            toys.strongly_typed(state),
+            transforms.strongly_typed(state),
             charged(state, spent),
         )
 
@@ -64,7 +63,7 @@ def step_of(optimizer: optax.GradientTransformationExtraArgs, extras: Extras) ->
 
 def start(optimizer: optax.GradientTransformationExtraArgs, params: Any) -> Any:
     """The first carry of `step_of`."""
-    return params, toys.strongly_typed(optimizer.init(params)), jnp.zeros(())
+    return params, transforms.strongly_typed(optimizer.init(params)), jnp.zeros(())
 
 
 def record(
@@ -140,7 +139,3 @@ def first_cost(costs: Array, values: Array, bound: float) -> float:
     """What it cost to come to ``bound`` or below; infinite if it never did."""
     reached = np.flatnonzero(values <= bound)
     return float(costs[reached[0]]) if len(reached) else np.inf
-
-
-VALUE = oracles.VALUE_COST
-PRODUCT = oracles.HESSIAN_PRODUCT_COST["exact"]

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from optgrad import diagnostics
+from optgrad.core import transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +98,10 @@ def compiled(
             updates, state = optimizer.update(extras["grad"], state, params, **extras)
             params = optax.apply_updates(params, updates)
             rose = toy.fn(params) > extras["value"]
-            return params, strongly_typed(state), step + 1, increases + rose
+            return params, transforms.strongly_typed(state), step + 1, increases + rose
 
         zero = jnp.zeros((), jnp.int32)
-        first = (params, strongly_typed(optimizer.init(params)), zero, zero)
+        first = (params, transforms.strongly_typed(optimizer.init(params)), zero, zero)
         return jax.lax.while_loop(running, body, first)
 
     run = jax.jit(run)
@@ -119,11 +120,6 @@ def compiled(
 
 def _is_double(params: Any) -> bool:
     return bool(jax.tree.leaves(params)[0].dtype == jnp.float64)
-
-
-def strongly_typed(tree: Any) -> Any:
-    """Without weak types, which some optax states gain in their first step."""
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
 
 
 def _half_squares(residuals: Any) -> chex.Array:

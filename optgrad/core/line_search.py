@@ -1,5 +1,6 @@
 """Line searches that never return a worse point, for directions that need one."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,6 +12,7 @@ import optax
 from optgrad.core import averages, diagnostics, linalg, oracles, transforms
 
 LineSearch: TypeAlias = optax.GradientTransformationExtraArgs
+_MOST_FAILURES = 5  # steps are shortened to 10⁻¹² at the most
 
 
 class SafeLineSearchState(NamedTuple):
@@ -20,6 +22,7 @@ class SafeLineSearchState(NamedTuple):
     direction: Any  # the direction's own state
     search: Any  # the line search's own state
     rejected: chex.Array  # number of steps that were not taken, int32, shape ()
+    failures: chex.Array  # searches in a row that found no better point, int32, shape ()
     cost: chex.Array  # gradient equivalents of all steps, at least float32, shape ()
 
     def diagnostics(self) -> dict[str, chex.Array]:
@@ -50,7 +53,10 @@ def with_safe_linesearch(
     extra arguments that are meant for others. Here it sees ``value``, ``grad`` and ``value_fn``
     alone, its result is checked, and a failure begins anew: the direction forgets its history
     (and its own count of steps: schedules inside of it start again),
-    which for conjugate gradients and quasi-Newton methods is a restart from steepest descent.
+    which for conjugate gradients and quasi-Newton methods is a restart from steepest descent. The
+    next search tries shorter steps, since one from a step size of 1 may end before it is among
+    those that descend, and would so each time: after n failures in a row it is along
+    :math:`10^{3(1-n)} d / \max(1, |d|_\infty)`.
 
     The search runs in the widest type of the parameters' leaves, float32 at least, on the loss at
     parameters in their own types: those of 16 bits are compared where they will be.
@@ -99,6 +105,7 @@ def with_safe_linesearch(
             direction.init(params),
             _strongly_typed(searching),
             jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.int32),
             jnp.zeros((), averages.scalar_dtype()),
         )
 
@@ -125,9 +132,17 @@ def with_safe_linesearch(
         oriented, directed = direction.update(
             updates, state.direction, params, value=value, grad=grad, value_fn=value_fn, **extra
         )
+        shorter = _shortening(oriented, state.failures)
         found, searched = _search(
-            search_at(state.count), state.search, params, oriented, value, grad, value_fn
+            search_at(state.count),
+            state.search,
+            params,
+            linalg.scale(shorter, oriented),
+            value,
+            grad,
+            value_fn,
         )
+        searched = _of_whole_direction(searched, shorter)
         reached = jnp.asarray(value_fn(optax.apply_updates(params, found)), value.dtype)
         moves = jnp.asarray(getattr(searched, "learning_rate", 1.0)) > 0
         finite = linalg.all_finite((updates, found)) & jnp.isfinite(value)
@@ -135,9 +150,12 @@ def with_safe_linesearch(
 
         count = optax.safe_increment(state.count)
         cost = state.cost + _direction_cost(state.direction, directed) + _search_cost(searched)
-        new = SafeLineSearchState(count, directed, searched, state.rejected, cost)
+        none = jnp.zeros_like(state.failures)
+        new = SafeLineSearchState(count, directed, searched, state.rejected, none, cost)
         rejected = optax.safe_increment(state.rejected)
-        anew = init(params)._replace(count=count, rejected=rejected, cost=cost)
+        could = linalg.all_finite(updates) & jnp.isfinite(value)
+        failures = jnp.minimum(state.failures + could, _MOST_FAILURES)
+        anew = init(params)._replace(count=count, rejected=rejected, failures=failures, cost=cost)
         chosen = linalg.where(taken, new, transforms.cast_like(anew, new))
         return linalg.where(taken, found, jax.tree.map(jnp.zeros_like, found)), chosen
 
@@ -168,6 +186,21 @@ def with_zoom_linesearch(
         )
 
     return with_safe_linesearch(direction, zoom)
+
+
+def _shortening(direction: optax.Updates, failures: chex.Array) -> chex.Array:
+    """What the direction is scaled by, at most 1: 1 but after failures."""
+    largest = [jnp.max(jnp.abs(d), initial=1.0) for d in jax.tree.leaves(linalg.widened(direction))]
+    length = functools.reduce(jnp.maximum, largest)
+    return jnp.where(failures > 0, 1e3 ** (1.0 - failures) / length, 1.0)
+
+
+def _of_whole_direction(searched: Any, shortening: chex.Array) -> Any:
+    """The search's state, its step size in units of the direction itself."""
+    step_size = getattr(searched, "learning_rate", None)
+    if step_size is None:
+        return searched
+    return searched._replace(learning_rate=step_size * shortening)
 
 
 def _search(  # noqa: PLR0917  what a line search takes

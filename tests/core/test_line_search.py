@@ -229,8 +229,10 @@ def test_non_finite(search, where):
     assert not any(map(np.any, jax.tree.leaves(updates)))
     assert_same((after.direction, after.search), (fresh.direction, fresh.search))
     assert (after.count, after.rejected) == (1, 1)
+    tried = where == "elsewhere"  # which is a search that failed, and shortens the next one
+    assert after.failures == tried
     again, after = step(optimizer, params, after)
-    expected, _ = step(optimizer, params, fresh)
+    expected, _ = step(optimizer, params, fresh._replace(failures=jnp.int32(tried)))
     assert_same(again, expected)
     assert after.rejected == 1
 
@@ -453,3 +455,48 @@ def test_missing_extras(missing, message):
         optimizer.update(params, optimizer.init(params), params, **given)
     with pytest.raises(ValueError, match="params = None"):
         optimizer.update(params, optimizer.init(params), **given)
+
+
+# --- steep losses ----------------------------------------------------------------------------
+
+
+def steep(p):
+    """Its gradient is 1e8 long at (10, 10): a step size of 1 ends far beyond all sense."""
+    return jnp.sum(1e4 * (p**4 - p)) + 1e4 * (p[0] - p[1]) ** 2
+
+
+@pytest.mark.parametrize("name", ["nonlinear_cg", "bfgs"])
+def test_a_first_step_that_is_much_too_long_is_followed_by_shorter_ones(name):
+    optimizer = optgrad.create(name)
+    extras = optgrad.curvature_args(lambda p, batch: steep(p))
+
+    def body(carry, _):
+        params, state = carry
+        given = extras(params, None)
+        updates, state = optimizer.update(given["grad"], state, params, **given)
+        return (optax.apply_updates(params, updates), state), (given["value"], state.rejected)
+
+    params = jnp.array([10.0, 11.0])
+    first = (params, optimizer.init(params))
+    values, rejected = jax.jit(lambda c: jax.lax.scan(body, c, None, 40)[1])(first)
+    least = steep(jnp.full(2, 0.25 ** (1 / 3)))
+    assert values[-1] - least < 1e-5 * abs(least)
+    assert np.all(np.diff(rejected)[:3] == 0), "one failure is enough to find the scale"
+
+
+@each_search
+def test_after_failures_the_steps_are_shorter_and_the_step_size_is_the_directions_own(search):
+    direction = optax.scale(1e12)  # 40 halvings of its step are still too long
+    optimizer = safe(search, direction)
+    params = {"x": jnp.asarray(3.0), "y": jnp.asarray(1.0)}
+    fn = lambda p: p["x"] ** 2 + p["y"] ** 2  # noqa: E731
+    state = optimizer.init(params)
+    assert state.failures == 0
+    updates, state = step(optimizer, params, state, fn)
+    assert (state.failures, state.rejected) == (1, 1)
+    assert not any(jax.tree.leaves(jax.tree.map(jnp.any, updates)))
+    updates, state = step(optimizer, params, state, fn)
+    assert (state.failures, state.rejected) == (0, 1)
+    gradient = jax.grad(fn)(params)
+    ratio = float(updates["x"] / (1e12 * gradient["x"]))
+    np.testing.assert_allclose(-ratio, state.search.learning_rate, rtol=1e-5)

@@ -215,8 +215,9 @@ def _train(
     start = init_params(seed, prepared.train.images.shape[1])
     seen = [_look(start, prepared)]
     costs = [0.0]
+    at_once = min(contestant.at_once, max(int(budget) // 8, 1))  # a few looks in quick runs too
     for params, cost in runs.within_budget(
-        optimizer, extras, start, draw=draw, budget=budget, at_once=contestant.at_once
+        optimizer, extras, start, draw=draw, budget=budget, at_once=at_once
     ):
         costs.append(cost)
         seen.append(_look(params, prepared))

@@ -1,8 +1,10 @@
-"""The command line: ``optgrad list``, ``show NAME``, ``compare``, ``reproduce PAPER``."""
+"""The command line: ``optgrad list``, ``show NAME``, ``compare``, ``resume``, ``reproduce``."""
 
+import contextlib
 import inspect
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -162,34 +164,94 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
         "output": output,
     }
     # Imported here: 'optgrad list' and a refused configuration need no data set and no figures.
-    from optgrad.experiments import data, results  # noqa: PLC0415
+    from optgrad.experiments import checkpoint, results  # noqa: PLC0415
 
-    try:
+    with _refusals():
         overrides |= dict(config_lib.parse_override(text) for text in set_ or ())
         settings = config_lib.load_config(config, overrides)
         folder = settings.output or results.default_folder(settings)
         results.check_destination(folder, overwrite=overwrite)
-        comparison = _run_with_progress(settings)
+        study = {
+            "config": _resolved(settings),
+            "environment": results.describe_environment(),
+        }
+        seconds = settings.checkpoint_seconds
+        with checkpoint.begin(folder, study, seconds=seconds, anew=overwrite) as journal:
+            _run_study(settings, folder, journal, overwrite=overwrite)
+
+
+@app.command()
+def resume(
+    folder: Annotated[
+        Path, typer.Argument(help="The results folder that was to be written, or its .partial.")
+    ],
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
+) -> None:
+    """Go on with a comparison that was interrupted, at any moment and in any way."""
+    from optgrad.experiments import checkpoint, results  # noqa: PLC0415
+
+    with _refusals(), checkpoint.resume(folder) as journal:
+        study = journal.study
+        moved = {"data_dir": data_dir.resolve()} if data_dir else {}
+        settings = config_lib.CompareConfig.model_validate({**study["config"], **moved})
+        for name, now in results.describe_environment().items():
+            if now != (before := study["environment"].get(name)):
+                errors.print(
+                    f"optgrad: {name} was {before} and is {now}: numbers may differ in rounding "
+                    "from those of one run",
+                    style="yellow", markup=False, highlight=False, soft_wrap=True,
+                )  # fmt: skip
+        destination = folder.with_name(folder.name.removesuffix(checkpoint.SUFFIX))
+        # Results that are there are earlier ones that were to be replaced, or already its own.
+        results.check_destination(destination, overwrite=True)
+        _run_study(settings, destination, journal, overwrite=True)
+
+
+def _resolved(settings: config_lib.CompareConfig) -> dict[str, Any]:
+    """The configuration as JSON, with places that mean the same from any folder."""
+    config = settings.model_dump(mode="json")
+    if settings.data_dir:
+        config["data_dir"] = str(settings.data_dir.resolve())
+    return config
+
+
+def _run_study(
+    settings: config_lib.CompareConfig, folder: Path, journal: Any, *, overwrite: bool
+) -> None:
+    """Runs a comparison to its end, or as far as it comes, and prints what it found."""
+    from optgrad.experiments import compare as compare_lib  # noqa: PLC0415
+    from optgrad.experiments import results  # noqa: PLC0415
+
+    live = _LiveView(settings)
+    try:
+        with Live(
+            get_renderable=live.render, console=console, refresh_per_second=4, transient=True
+        ):
+            comparison = compare_lib.run_comparison(settings, live.on_interval, journal)
         results.write(comparison, folder, overwrite=overwrite)
-    except (
-        config_lib.ConfigError,
-        data.DataError,
-        results.ResultsError,
-        ValueError,
-        ImportError,
-    ) as error:
-        raise _refuse(error) from None
+    except BaseException:
+        if not journal.is_empty:
+            errors.print(
+                f"Interrupted; go on with: optgrad resume {folder}",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
+        raise
+    journal.discard()
     header, rows = report.table(comparison)
     console.print(_table(header, rows, title=comparison.problem))
     console.print(f"Results, curves and report: {folder}", highlight=False, soft_wrap=True)
 
 
-def _run_with_progress(settings: config_lib.CompareConfig) -> Any:
-    from optgrad.experiments import compare as compare_lib  # noqa: PLC0415
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What is refused as one line on stderr, without a traceback."""
+    from optgrad.experiments import checkpoint, data, results  # noqa: PLC0415
 
-    live = _LiveView(settings)
-    with Live(get_renderable=live.render, console=console, refresh_per_second=4, transient=True):
-        return compare_lib.run_comparison(settings, live.on_interval)
+    refused = (data.DataError, results.ResultsError, checkpoint.CheckpointError)
+    try:
+        yield
+    except (*refused, ValueError, ImportError) as error:
+        raise _refuse(error) from None
 
 
 class _LiveView:
@@ -271,15 +333,15 @@ def reproduce(  # noqa: PLR0917  typer reads the options from the signature
     ] = False,
 ) -> None:
     """Reproduce the figures and tables of a paper: pictures, numbers and a report."""
-    from optgrad.experiments import data, results  # noqa: PLC0415
     from optgrad.experiments import reproduce as lib  # noqa: PLC0415
+    from optgrad.experiments import results  # noqa: PLC0415
     from optgrad.experiments.reproduce import report as reproduction_report  # noqa: PLC0415
 
     if paper is None:
         for name in lib.reproductions():
             console.print(_reproduction_table(lib.get_reproduction(name)))
         return
-    try:
+    with _refusals():
         reproduction = lib.get_reproduction(paper)
         makers = reproduction.select(figures or ())
         folder = output or results.default_folder_of(paper)
@@ -287,8 +349,6 @@ def reproduce(  # noqa: PLR0917  typer reads the options from the signature
         settings = lib.Settings(quick=quick, data_dir=data_dir)
         found = _make_with_progress(makers, settings)
         reproduction_report.write(reproduction, found, settings, folder, overwrite=overwrite)
-    except (data.DataError, results.ResultsError, ValueError, ImportError) as error:
-        raise _refuse(error) from None
     for result in found.values():
         rows = reproduction_report.findings_rows(result)
         header = reproduction_report.FINDINGS_HEADER

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from optgrad import registry
-from optgrad.experiments import data, problems, tuning
+from optgrad.experiments import checkpoint, data, problems, tuning
 from optgrad.experiments.config import CompareConfig, OptimizerConfig
 from optgrad.experiments.engine import Trainer
 
@@ -38,12 +38,22 @@ class Comparison:
         return [_summary(outcome, self.target_accuracy) for outcome in self.outcomes]
 
 
-def run_comparison(config: CompareConfig, on_interval: OnInterval | None = None) -> Comparison:
-    """Loads the data, then tunes and replicates each optimizer in turn."""
+def run_comparison(
+    config: CompareConfig,
+    on_interval: OnInterval | None = None,
+    journal: checkpoint.Journal | None = None,
+) -> Comparison:
+    """Loads the data, then tunes and replicates each optimizer in turn.
+
+    Args:
+      config: what to compare.
+      on_interval: called with (label, stage, record) after every evaluation of every run.
+      journal: where the runs are kept as they go, and come from if they were interrupted.
+    """
     problem = load_problem(config)
     trainers = [_trainer(config, problem, one) for one in config.optimizers]  # refuses all first
     outcomes = [
-        _run_one(config, trainer, one, on_interval)
+        _run_one(config, trainer, one, on_interval, checkpoint.Waves(journal, one.label))
         for trainer, one in zip(trainers, config.optimizers, strict=True)
     ]
     target = config.target_accuracy
@@ -102,6 +112,7 @@ def _run_one(
     trainer: Trainer,
     optimizer: OptimizerConfig,
     on_interval: OnInterval | None,
+    waves: checkpoint.Waves,
 ) -> Outcome:
     tuned = tuning.tune(
         trainer,
@@ -113,6 +124,7 @@ def _run_one(
         tuning_seeds=config.tuning.seeds,
         select_by=config.tuning.select_by,
         on_interval=on_interval and (lambda *record: on_interval(optimizer.label, *record)),
+        waves=waves,
     )
     seconds = sum(stage.history.seconds for stage in tuned.stages)
     return Outcome(optimizer, tuned, trainer.compilations, seconds)

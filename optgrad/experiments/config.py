@@ -120,6 +120,7 @@ class CompareConfig(_Model):
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     vectorize: Literal["auto", "vmap", "map"] = "auto"
     microbatch_size: PositiveInt | None = None
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 5.0  # between two, at least; 0 is each time
     output: Path | None = None
 
     @pydantic.field_validator("dataset")

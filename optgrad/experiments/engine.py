@@ -17,7 +17,6 @@ numbers, up to float rounding, whatever runs beside it.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ import optax
 
 from optgrad import registry
 from optgrad.core import checks, oracles, transforms
+from optgrad.experiments import checkpoint
 from optgrad.experiments.problems import Problem
 
 VECTORIZE = ("auto", "vmap", "map")
@@ -153,73 +153,93 @@ class Trainer:
         drawn = jax.eval_shape(self._draw_batches, state.step, seed, self.problem.data)
         jax.eval_shape(self._train_interval, state, values, drawn, self.problem.data)
 
-    def train(self, runs: Runs, steps: int, on_interval: OnInterval | None = None) -> History:
+    def train(
+        self,
+        runs: Runs,
+        steps: int,
+        on_interval: OnInterval | None = None,
+        waves: checkpoint.Waves | None = None,
+    ) -> History:
         """Trains every run for ``steps`` steps, a multiple of ``eval_every``.
 
         Args:
           runs: hyperparameters and seeds, R of each.
           steps: how many steps.
           on_interval: called with (run, step, metrics) after every evaluation.
+          waves: where the runs are kept as they go, and come from if they were interrupted.
         """
         if steps % self.eval_every or steps < 1:
             raise ValueError(
                 f"steps = {steps} is not a positive multiple of eval_every = {self.eval_every}"
             )
-        started = time.perf_counter()
         count = len(runs.seeds)
         vmapped = self.vectorize == "vmap"
         # The first batch of runs sets the width of the compiled program; later ones are padded.
         self._width = (self._width or count) if vmapped else 1
-        records: list[list[dict[str, float]]] = [[] for _ in range(count)]
+        records: checkpoint.Records = []
+        seconds = 0.0
+        waves = waves or checkpoint.Waves()
         for first in range(0, count, self._width):
-            wave = [min(first + i, count - 1) for i in range(self._width)]
-            select = np.array(wave) if vmapped else first
+            # The last wave is filled up with its last run.
+            rows = np.minimum(first + np.arange(self._width), count - 1)
+            select = rows if vmapped else first
             chosen = Runs({k: v[select] for k, v in runs.hyperparams.items()}, runs.seeds[select])
-            self._train_wave(chosen, steps, wave, records, on_interval)
+
+            def report(
+                row: int, step: int, record: Mapping[str, float], first: int = first
+            ) -> None:
+                if on_interval and first + row < count:
+                    on_interval(first + row, step, record)
+
+            wave = waves.next(chosen.hyperparams, chosen.seeds, steps)
+            found = wave.finished()
+            if found is None:
+                found = self._train_wave(chosen, steps, wave, report)
+                wave.finish(found)
+            else:
+                _replay(found, self.eval_every, report)
+            seconds += wave.seconds
+            records += found[: count - first]
         evaluations = np.arange(0, steps + 1, self.eval_every)
         names = [name for name in records[0][0] if name != "diverged_at"]
         metrics = {name: np.array([[r[name] for r in run] for run in records]) for name in names}
         diverged_at = np.array([int(run[-1]["diverged_at"]) for run in records])
-        return History(evaluations, metrics, diverged_at, time.perf_counter() - started)
+        return History(evaluations, metrics, diverged_at, seconds)
 
     # One wave of runs, on the host ------------------------------------------------------------
 
     def _train_wave(
-        self,
-        runs: Runs,
-        steps: int,
-        wave: list[int],
-        records: list[list[dict[str, float]]],
-        on_interval: OnInterval | None,
-    ) -> None:
+        self, runs: Runs, steps: int, wave: checkpoint.Wave, on_interval: OnInterval
+    ) -> checkpoint.Records:
         hyperparams = {k: jnp.asarray(v, jnp.float32) for k, v in runs.hyperparams.items()}
         seeds = jnp.asarray(runs.seeds, jnp.uint32)
-        new = {run: row for row, run in enumerate(wave)}  # padding repeats the last run
         state = self._init(hyperparams, seeds)
         train_loss = jnp.full(seeds.shape, jnp.nan)
-        for step in range(0, steps + 1, self.eval_every):
+        records: checkpoint.Records = [[] for _ in np.atleast_1d(runs.seeds)]
+        if interrupted := wave.load(state):
+            state, records = interrupted
+            _replay(records, self.eval_every, on_interval)
+        for step in range(len(records[0]) * self.eval_every, steps + 1, self.eval_every):
             if step:
                 state, train_loss = self._advance(state, hyperparams, seeds)
             metrics = {"train_loss": train_loss, **self._evaluate_all(state.params)}
             host = {k: np.atleast_1d(np.asarray(v, float)) for k, v in metrics.items()}
             diverged_at = np.atleast_1d(np.asarray(state.diverged_at))
-            for run, row in new.items():
+            for row, record in enumerate(records):
                 found = {k: float(v[row]) for k, v in host.items()}
-                at = int(records[run][-1]["diverged_at"]) if records[run] else 0
+                at = int(record[-1]["diverged_at"]) if record else 0
                 at = at or int(diverged_at[row])
                 if step and not at and not np.isfinite(list(found.values())).all():
                     at = step  # the last update went wrong, after the last finite loss
-                record = dict.fromkeys(found, np.nan) if at else found
-                records[run].append({**record, "diverged_at": at})
-                if on_interval:
-                    on_interval(run, step, records[run][-1])
-            if all(
-                records[run][-1]["diverged_at"] for run in new
-            ):  # nothing more to learn: the rest of the rows stay NaN
-                for run in new:
-                    last = records[run][-1]
-                    records[run] += [last] * ((steps - step) // self.eval_every)
-                return
+                record.append(
+                    {**(dict.fromkeys(found, np.nan) if at else found), "diverged_at": at}
+                )
+                on_interval(row, step, record[-1])
+            if all(record[-1]["diverged_at"] for record in records):
+                # Nothing more to learn: the rest of the rows stay NaN.
+                return [r + [r[-1]] * ((steps - step) // self.eval_every) for r in records]
+            wave.save(state, records)
+        return records
 
     def _advance(
         self, state: RunState, hyperparams: Any, seeds: chex.Array
@@ -359,6 +379,13 @@ def _extras_for(problem: Problem, method: registry.Method) -> tuple[str, ...]:
     if method.family != "baselines":
         needs |= {"value", "grad", "value_fn", "outputs_fn", "out_loss_fn"} - lacks
     return tuple(sorted(needs))
+
+
+def _replay(records: checkpoint.Records, eval_every: int, on_interval: OnInterval) -> None:
+    """Reports what was measured before an interruption."""
+    for row, run in enumerate(records):
+        for index, record in enumerate(run):
+            on_interval(row, index * eval_every, record)
 
 
 def _not_vectorized(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:

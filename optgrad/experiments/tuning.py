@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from optgrad.experiments import checkpoint
 from optgrad.experiments.engine import History, Runs, Trainer
 
 MANTISSAS = (6.0, 3.0, 1.0)
@@ -85,6 +86,7 @@ def tune(
     tuning_seeds: int = 1,
     select_by: str = "validation_accuracy",
     on_interval: Callable[[str, Mapping[str, Any]], None] | None = None,
+    waves: checkpoint.Waves | None = None,
 ) -> Tuned:
     """Tunes an optimizer's hyperparameter and replicates the best value.
 
@@ -98,6 +100,7 @@ def tune(
       tuning_seeds: seeds over which the selection metric is averaged while searching.
       select_by: a metric; of an accuracy the largest, of a loss the smallest value reached counts.
       on_interval: called with (stage, record) after every evaluation of every run.
+      waves: where the runs are kept as they go, and come from if they were interrupted.
     """
     tunable = trainer.method.tunes
 
@@ -115,7 +118,7 @@ def tune(
             name,
             value_of,
             seed_of,
-            trainer.train(Runs(hyperparams, seed_of), length, report),
+            trainer.train(Runs(hyperparams, seed_of), length, report, waves),
         )
 
     if tunable is None or protocol == "none":

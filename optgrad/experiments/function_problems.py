@@ -46,7 +46,8 @@ def function_problem(
       noise: σ ≥ 0.
       minimum: the smallest value of f, if known.
       minimizers: parameters at which f has it, as far as known.
-      residuals: parameters -> r with f = ½ Σ r², for Gauss-Newton methods.
+      residuals: parameters -> r with f = ½ Σ r², for Gauss-Newton methods; those that need the
+        residuals themselves refuse a problem with noise, which is no sum of squares.
 
     Returns:
       The problem. Its metrics are without noise: ``loss`` = f; with a minimum ``excess`` = f − f*,
@@ -112,6 +113,7 @@ def function_problem(
         evaluate=evaluate,
         outputs=outputs if residuals else None,
         out_loss=out_loss if residuals else None,
+        residuals=(lambda params, batch: residuals(params)) if residuals and not noise else None,
         score=Score(LOSS.metric, is_exact=True) if minimum is None else EXCESS,
     )
 

@@ -50,6 +50,7 @@ class Problem:
       has_convolutions: whether the loss convolves (see `engine`).
       outputs: (parameters, batch) -> outputs z, any pytree, for methods that need ``outputs_fn``.
       out_loss: (z, batch) -> mean loss, convex in z; of `outputs` it is `loss`.
+      residuals: (parameters, batch) -> r, any pytree, with `loss` = ½ Σ r² over all of them.
       layer_statistics: (parameters, batch, key) -> ``kfac_stats``, with labels that the key samples
         from the model, or without a key those of the batch.
       score: by which metric runs are judged; `evaluate` gives it for the split ``"test"``.
@@ -67,6 +68,7 @@ class Problem:
     has_convolutions: bool = False
     outputs: Callable[[Any, Any], Any] | None = None
     out_loss: Callable[[Any, Any], chex.Array] | None = None
+    residuals: Callable[[Any, Any], Any] | None = None
     layer_statistics: Callable[[Any, Any, chex.PRNGKey | None], Any] | None = None
     score: scores.Score = scores.LOSS
 

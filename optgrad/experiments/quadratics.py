@@ -95,7 +95,7 @@ def noisy_quadratic(
 
     basis = "rotated" if rotated else "axis-aligned"
     return Problem(
-        name=f"{basis} quadratic, {spectrum} spectrum, d = {dimension}, ν = {noise:g}",
+        name=f"{basis} quadratic, {spectrum}, d = {dimension}, ν = {noise:g}",
         data=None,
         init=lambda key: jax.random.normal(key, (dimension,), float),
         batches=keys_of_steps,
@@ -106,6 +106,7 @@ def noisy_quadratic(
         evaluate=evaluate,
         outputs=outputs,
         out_loss=out_loss,
+        residuals=lambda params, batch: (times_factor(params) - batch) / len(batch) ** 0.5,
         score=EXCESS,
     )
 

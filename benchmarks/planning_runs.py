@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import optgrad
-from optgrad.experiments.landscapes import rosenbrock
+from optgrad.experiments.functions import rosenbrock
 
 UPDATES, STARTS = 10_000, 64
 

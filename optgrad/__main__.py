@@ -15,6 +15,7 @@ def main() -> None:
             f"optgrad: the command line needs {error.name}, which is not installed; "
             'install it with: pip install "optgrad[experiments]"'
         )
+    importlib.import_module("optgrad.experiments.compilation").cache_on_disk()
     cli.app()
 
 

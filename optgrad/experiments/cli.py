@@ -1,4 +1,4 @@
-"""The command line: ``optgrad list``, ``show NAME``, ``compare``, ``resume``, ``reproduce``."""
+"""The command line: list, show, problems, compare, resume and reproduce."""
 
 import contextlib
 import inspect
@@ -26,7 +26,8 @@ from rich.table import Table
 import optgrad
 from optgrad import registry
 from optgrad.experiments import config as config_lib
-from optgrad.experiments import report
+from optgrad.experiments import report, user_problems
+from optgrad.experiments.scores import ACCURACY
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 console = Console()
@@ -101,6 +102,23 @@ def show(name: Annotated[str, typer.Argument(help="A name from 'optgrad list'.")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("problems")
+def list_problems() -> None:
+    """List the problems beside images, with their options, for 'compare --problem'."""
+    from optgrad.experiments import catalogue  # noqa: PLC0415
+
+    rows = [
+        (kind.name, kind.title, "\n".join(f"{k} = {v!r}" for k, v in kind.options.items()))
+        for kind in catalogue.problems().values()
+    ]
+    console.print(_table(("problem", "what", "options and defaults"), rows))
+    console.print(
+        "Options: --set problem_options.NAME=VALUE. A problem of your own: --problem FILE.py",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _parameters(method: registry.Method) -> list[inspect.Parameter]:
     return list(method.hyperparameters.values())
 
@@ -129,6 +147,9 @@ def _tunes(method: registry.Method) -> str:
 @app.command()
 def compare(  # noqa: PLR0917  typer reads the options from the signature
     config: Annotated[Path | None, typer.Option(help="A TOML file; default: digits.")] = None,
+    problem: Annotated[
+        str | None, typer.Option(help="A name from 'optgrad problems', or FILE.py[:FUNCTION].")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="digits, mnist, cifar10, …")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
     model: Annotated[str | None, typer.Option(help="mlp, mlp_small, cifar10_cnn, …")] = None,
@@ -149,6 +170,7 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
 ) -> None:
     """Tune, replicate and compare optimizers; the default is the paper's four on digits."""
     overrides: dict[str, Any] = {
+        "problem": problem,
         "dataset": dataset,
         "data_dir": data_dir,
         "model": model,
@@ -210,8 +232,11 @@ def resume(
 def _resolved(settings: config_lib.CompareConfig) -> dict[str, Any]:
     """The configuration as JSON, with places that mean the same from any folder."""
     config = settings.model_dump(mode="json")
-    if settings.data_dir:
+    if settings.data_dir and not settings.problem:
         config["data_dir"] = str(settings.data_dir.resolve())
+    if place := user_problems.file_of(settings.problem):
+        path, function = place
+        config["problem"] = f"{path.resolve()}:{function}"
     return config
 
 
@@ -259,6 +284,7 @@ class _LiveView:
 
     def __init__(self, settings: config_lib.CompareConfig) -> None:
         self.settings = settings
+        self.score = ACCURACY  # until a record brings the problem's
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -291,8 +317,10 @@ class _LiveView:
         if record["diverged_at"]:
             runs = self.diverged.setdefault(label, set())
             runs.add((stage, f"{record['value']:g}", int(record["seed"])))
-        best = self.best[label][1]["test_accuracy"]
-        if record["test_accuracy"] > best or math.isnan(best):
+        self.score = record.get("score", self.score)
+        sign, name = self.score.sign(self.score.name), self.score.name
+        best = self.best[label][1][name]
+        if sign * record[name] > sign * best or math.isnan(best):
             self.best[label] = (stage, dict(record))
         self.progress.update(
             self.task,
@@ -304,14 +332,15 @@ class _LiveView:
 
     def render(self) -> Group:
         """The view as it is now."""
-        header = ("optimizer", "stage", "rate", "step", "best test accuracy [%]", "diverged runs")
+        best = f"best {self.score.heading}"
+        header = ("optimizer", "stage", "rate", "step", best, "diverged runs")
         rows = [
             [
                 label,
                 stage,
                 f"{record['value']:g}",
                 str(record["step"]),
-                f"{100 * record['test_accuracy']:.2f}",
+                self.score.text(record[self.score.name]),
                 str(len(self.diverged.get(label, ()))),
             ]
             for label, (stage, record) in self.best.items()

@@ -1,17 +1,20 @@
 """A comparison: every optimizer of a configuration, tuned and replicated on one problem."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from optgrad import registry
-from optgrad.experiments import checkpoint, data, problems, tuning
+from optgrad.core import checks
+from optgrad.experiments import catalogue, checkpoint, compilation, data, problems, tuning
 from optgrad.experiments.config import CompareConfig, OptimizerConfig
 from optgrad.experiments.engine import Trainer
+from optgrad.experiments.scores import ACCURACY, Score
 
-OnInterval = Callable[[str, str, Mapping[str, Any]], None]  # label, stage, record
+# (label, stage, record of one evaluation of one run, with the problem's "score") -> None
+OnInterval = Callable[[str, str, Mapping[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Outcome:
     tuned: tuning.Tuned
     compilations: int  # of the training step
     seconds: float  # wall time of its training, compilation included
+    compile_seconds: float = 0.0  # of this process, for all its programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +35,12 @@ class Comparison:
     config: CompareConfig
     problem: str
     outcomes: tuple[Outcome, ...]
-    target_accuracy: float
+    target: float  # of the score
+    score: Score = ACCURACY
 
     def summary(self) -> list[dict[str, Any]]:
         """One record per optimizer: the best rate, and mean and deviation over the final seeds."""
-        return [_summary(outcome, self.target_accuracy) for outcome in self.outcomes]
+        return [_summary(outcome, self.target, self.score) for outcome in self.outcomes]
 
 
 def run_comparison(
@@ -51,20 +56,34 @@ def run_comparison(
       journal: where the runs are kept as they go, and come from if they were interrupted.
     """
     problem = load_problem(config)
+    config = _with_selection(config, problem)
     trainers = [_trainer(config, problem, one) for one in config.optimizers]  # refuses all first
     outcomes = [
         _run_one(config, trainer, one, on_interval, checkpoint.Waves(journal, one.label))
         for trainer, one in zip(trainers, config.optimizers, strict=True)
     ]
-    target = config.target_accuracy
-    if target is None:  # what counts as "there": 99 % of the best final mean
-        finals = [final_metric(outcome, "test_accuracy") for outcome in outcomes]
-        target = 0.99 * max((np.mean(f) for f in finals if f.size), default=1.0)
-    return Comparison(config, problem.name, tuple(outcomes), float(target))
+    target = _target(config, problem.score, outcomes)
+    return Comparison(config, problem.name, tuple(outcomes), target, problem.score)
+
+
+def _target(config: CompareConfig, score: Score, outcomes: Sequence[Outcome]) -> float:
+    """The value of the score that counts as "there"."""
+    given = config.target if config.problem else config.target_accuracy
+    if given is not None:
+        return given
+    finals = [f for f in (final_metric(o, score.name) for o in outcomes) if f.size]
+    if not finals:
+        return score.default_target(1.0, 1.0)
+    best = max((float(np.mean(f)) for f in finals), key=lambda mean: score.sign(score.name) * mean)
+    starts = [o.tuned.final.history.metrics[score.name][:, 0] for o in outcomes if o.tuned.final]
+    return float(score.default_target(float(np.mean(starts[0])), best))
 
 
 def load_problem(config: CompareConfig) -> problems.Problem:
-    """The configured data set and network."""
+    """The configured problem, or data set and network."""
+    if config.problem:
+        options = {"batch_size": config.batch_size, **config.problem_options}
+        return catalogue.create_problem(config.problem, **options)
     dataset = data.load(config.dataset, config.data_dir)
     if config.validation:
         try:
@@ -79,6 +98,19 @@ def load_problem(config: CompareConfig) -> problems.Problem:
         l2=config.l2,
         model_options=config.model_options,
     )
+
+
+def _with_selection(config: CompareConfig, problem: problems.Problem) -> CompareConfig:
+    """With the metric to select by: the problem's score, on validation examples if any."""
+    if not config.problem:
+        return config  # resolved by the configuration
+    metrics = dict.fromkeys([problem.score.metric, "loss"])
+    splits = [s for s in ("validation", "test") if s in problem.splits]
+    accepted = [f"{split}_{metric}" for split in splits for metric in metrics]
+    select_by = config.tuning.select_by or accepted[0]
+    checks.check_one_of("tuning.select_by", select_by, accepted)
+    tuned = config.tuning.model_copy(update={"select_by": select_by})
+    return config.model_copy(update={"tuning": tuned})
 
 
 def _trainer(
@@ -114,6 +146,13 @@ def _run_one(
     on_interval: OnInterval | None,
     waves: checkpoint.Waves,
 ) -> Outcome:
+    score = trainer.problem.score
+    compiling = compilation.seconds()
+
+    def report(stage: str, record: Mapping[str, Any]) -> None:
+        if on_interval:
+            on_interval(optimizer.label, stage, {**record, "score": score})
+
     tuned = tuning.tune(
         trainer,
         steps=config.steps,
@@ -123,11 +162,13 @@ def _run_one(
         decades=config.tuning.decades,
         tuning_seeds=config.tuning.seeds,
         select_by=config.tuning.select_by,
-        on_interval=on_interval and (lambda *record: on_interval(optimizer.label, *record)),
+        score=score,
+        on_interval=report,
         waves=waves,
     )
     seconds = sum(stage.history.seconds for stage in tuned.stages)
-    return Outcome(optimizer, tuned, trainer.compilations, seconds)
+    compiling = compilation.seconds() - compiling
+    return Outcome(optimizer, tuned, trainer.compilations, seconds, compiling)
 
 
 def final_metric(outcome: Outcome, name: str) -> np.ndarray:
@@ -138,7 +179,7 @@ def final_metric(outcome: Outcome, name: str) -> np.ndarray:
     return np.asarray(final.history.metrics[name][final.history.diverged_at == 0, -1])
 
 
-def _summary(outcome: Outcome, target: float) -> dict[str, Any]:
+def _summary(outcome: Outcome, target: float, score: Score) -> dict[str, Any]:
     final = outcome.tuned.final
     record: dict[str, Any] = {
         "optimizer": outcome.config.label,
@@ -149,19 +190,20 @@ def _summary(outcome: Outcome, target: float) -> dict[str, Any]:
         "seeds": 0 if final is None else len(final.seeds),
         "diverged": 0 if final is None else int(np.sum(final.history.diverged_at > 0)),
     }
-    for name in ("test_accuracy", "test_loss", "train_loss"):
+    for name in dict.fromkeys((score.name, "test_loss", "train_loss")):
         values = final_metric(outcome, name)
         record[f"{name}_mean"] = float(np.mean(values)) if values.size else None
         record[f"{name}_sd"] = float(np.std(values, ddof=1)) if values.size > 1 else None
-    record["target_accuracy"] = target
-    record["steps_to_target"] = None if final is None else _steps_to(final, target)
+    record[f"target_{score.metric}"] = target
+    record["steps_to_target"] = None if final is None else _steps_to(final, target, score)
     record["training_seconds"] = outcome.seconds
+    record["compile_seconds"] = outcome.compile_seconds
     return record
 
 
-def _steps_to(final: tuning.Stage, target: float) -> float | None:
+def _steps_to(final: tuning.Stage, target: float, score: Score) -> float | None:
     """Median over seeds of the first evaluated step at the target; None if most never reach it."""
-    reached = final.history.metrics["test_accuracy"] >= target
+    reached = score.reaches(final.history.metrics[score.name], target)
     first = np.where(reached.any(axis=1), final.history.steps[reached.argmax(axis=1)], np.inf)
     median = float(np.median(first))
     return median if np.isfinite(median) else None

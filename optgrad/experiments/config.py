@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from optgrad import registry
 from optgrad.core import checks
-from optgrad.experiments import data, models
+from optgrad.experiments import catalogue, data, models, user_problems
 
 DEFAULT_MODELS = {
     "digits": "mlp_small",
@@ -21,6 +21,13 @@ DEFAULT_MODELS = {
     "cifar10": "cifar10_cnn",
     "cifar100": "all_cnn_c",
 }
+SELECT_BY = ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss")
+# Fields that speak of images and networks, and those that speak of another problem.
+IMAGE_FIELDS = frozenset(
+    {"dataset", "data_dir", "model", "model_options", "augment", "l2", "validation"}
+    | {"target_accuracy"}
+)
+PROBLEM_FIELDS = frozenset({"problem", "problem_options", "target"})
 PAPER_METHODS = ("momentum", "adam", "m_ssd", "m_svag")
 _EVALUATIONS = 10  # per run, unless eval_every says otherwise
 
@@ -92,14 +99,19 @@ class TuningConfig(_Model):
     rates: Rates = None
     decades: Annotated[float, Field(gt=0, le=12)] = 2.0
     seeds: PositiveInt = 1
-    select_by: Literal["validation_accuracy", "validation_loss", "test_accuracy", "test_loss"] = (
-        "validation_accuracy"
-    )
+    select_by: str = ""  # the validation split and the problem's score, where there are both
 
 
 class CompareConfig(_Model):
-    """Everything that determines the numbers of one comparison, and where they go."""
+    """Everything that determines the numbers of one comparison, and where they go.
 
+    It is about a network on images, or with ``problem`` about another problem: a name from
+    `catalogue.problems`, or a file ``FILE.py`` or ``FILE.py:FUNCTION``.
+    """
+
+    problem: str = ""
+    problem_options: dict[str, Any] = {}
+    target: Annotated[float, Field(allow_inf_nan=False)] | None = None
     dataset: str = "digits"
     data_dir: Path | None = None
     model: str = ""
@@ -129,16 +141,18 @@ class CompareConfig(_Model):
         checks.check_one_of("dataset", value, data.datasets())
         return value
 
+    @pydantic.model_serializer(mode="wrap")
+    def _what_applies(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the fields of the other kind of problem, which would be refused with it."""
+        other = IMAGE_FIELDS if self.problem else PROBLEM_FIELDS
+        return {name: value for name, value in handler(self).items() if name not in other}
+
     @pydantic.model_validator(mode="after")
     def _resolved(self) -> "CompareConfig":
-        if not self.model:
-            object.__setattr__(self, "model", DEFAULT_MODELS[self.dataset])
-        checks.check_one_of("model", self.model, models.models())
-        options = models.models()[self.model].accepted_options
-        for name, value in self.model_options.items():
-            if name not in options:
-                near = checks.did_you_mean(name, options)
-                raise ValueError(f"model_options.{name} = {value!r}: no such option; {near}")
+        if self.problem:
+            self._check_problem()
+        else:
+            self._check_images()
         if self.eval_every is None:
             most = next(n for n in range(_EVALUATIONS, 0, -1) if self.steps % n == 0)
             object.__setattr__(self, "eval_every", self.steps // most)
@@ -156,7 +170,8 @@ class CompareConfig(_Model):
         if len(set(labels)) < len(labels):
             raise ValueError(f"optimizers have the labels {labels}; accepted: distinct labels")
         if (
-            not self.validation
+            not self.problem
+            and not self.validation
             and self.tuning.protocol != "none"
             and self.tuning.select_by.startswith("validation")
         ):
@@ -165,6 +180,33 @@ class CompareConfig(_Model):
                 "accepted: a positive validation, or tuning.select_by = 'test_accuracy'"
             )
         return self
+
+    def _check_images(self) -> None:
+        for name in sorted(PROBLEM_FIELDS & self.model_fields_set):
+            if getattr(self, name) not in (None, "", {}):
+                raise ValueError(f"{name} = {getattr(self, name)!r} needs the field problem")
+        if not self.model:
+            object.__setattr__(self, "model", DEFAULT_MODELS[self.dataset])
+        checks.check_one_of("model", self.model, models.models())
+        options = models.models()[self.model].accepted_options
+        for name, value in self.model_options.items():
+            if name not in options:
+                near = checks.did_you_mean(name, options)
+                raise ValueError(f"model_options.{name} = {value!r}: no such option; {near}")
+        select_by = self.tuning.select_by or SELECT_BY[0]
+        checks.check_one_of("tuning.select_by", select_by, SELECT_BY)
+        tuning = self.tuning.model_copy(update={"select_by": select_by})
+        object.__setattr__(self, "tuning", tuning)
+
+    def _check_problem(self) -> None:
+        if given := sorted(IMAGE_FIELDS & self.model_fields_set):
+            raise ValueError(
+                f"{given[0]} = {getattr(self, given[0])!r} does not go with problem = "
+                f"{self.problem!r}; accepted: fields that do not speak of images"
+            )
+        catalogue.check_name(self.problem, self.problem_options)
+        if "batch_size" not in self.model_fields_set:
+            object.__setattr__(self, "batch_size", 1)
 
 
 def expected_steps(config: CompareConfig, optimizer: OptimizerConfig) -> int:
@@ -210,6 +252,7 @@ def load_config(
             tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{where}cannot be read as TOML: {error}") from error
+        _find_problem_beside(tree, Path(path).parent)
     for name, value in (overrides or {}).items():
         if value is not None:
             _set(tree, name.split("."), value)
@@ -242,6 +285,14 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"{'.'.join(path)}: {part} is not a table")
     tree[path[-1]] = value
+
+
+def _find_problem_beside(tree: dict[str, Any], folder: Path) -> None:
+    """A configuration file names a user's problem by its place relative to itself."""
+    problem = tree.get("problem")
+    if isinstance(problem, str) and (place := user_problems.file_of(problem)):
+        path, function = place
+        tree["problem"] = f"{folder / path}:{function}"
 
 
 def _messages(error: pydantic.ValidationError) -> Iterable[str]:

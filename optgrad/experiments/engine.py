@@ -37,6 +37,7 @@ _ALWAYS = ("params", "value", "grad", "value_fn", "per_example_grads", "gradient
 _OPTIONAL = {
     "outputs_fn": "outputs",
     "out_loss_fn": "out_loss",
+    "residual_fn": "residuals",
     "kfac_stats": "layer_statistics",
 }
 PROVIDED = frozenset({*_ALWAYS, *_OPTIONAL})
@@ -343,6 +344,7 @@ class Trainer:
             "value_fn": lambda: lambda p: problem.loss(p, batch),
             "outputs_fn": lambda: lambda p: problem.outputs(p, batch),
             "out_loss_fn": lambda: lambda z: problem.out_loss(z, batch),
+            "residual_fn": lambda: lambda p: problem.residuals(p, batch),
             "kfac_stats": lambda: problem.layer_statistics(params, batch, key),
             "per_example_grads": lambda: oracles.per_example_grads(
                 problem.example_loss, params, batch, microbatch_size=self.microbatch_size

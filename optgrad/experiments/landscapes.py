@@ -1,9 +1,8 @@
 """Test functions of two or three variables, and noisy descents on them by the thousand.
 
-Every function takes an array whose last axis holds the coordinates and works on NumPy and JAX
-arrays alike. A descent sees the exact gradient plus Gaussian noise of a given deviation; descents
-from all starting points, with all noise seeds and all values of one hyperparameter, are one
-compiled program.
+A descent sees the exact gradient plus Gaussian noise of a given deviation; descents from all
+starting points, with all noise seeds and all values of one hyperparameter, are one compiled
+program.
 """
 
 import dataclasses
@@ -19,46 +18,10 @@ import numpy.typing as npt
 import optax
 
 import optgrad
+from optgrad.experiments import functions
 
 _Float = npt.NDArray[np.floating[Any]]
 _WORST = 1e12  # what a descent counts that ended nowhere
-
-
-def beale(x: Any) -> Any:
-    """Beale's function, flat far from its curved valley; minimum 0 at (3, 1/2)."""
-    u, v = x[..., 0], x[..., 1]
-    return (1.5 - u + u * v) ** 2 + (2.25 - u + u * v**2) ** 2 + (2.625 - u + u * v**3) ** 2
-
-
-def beale_3d(x: Any) -> Any:
-    """Two of Beale's functions that share a coordinate: b(x, y) + b(z, y)."""
-    return beale(x[..., [0, 1]]) + beale(x[..., [2, 1]])
-
-
-def rosenbrock(x: Any) -> Any:
-    """Rosenbrock's curved valley; minimum 0 at (1, 1)."""
-    u, v = x[..., 0], x[..., 1]
-    return (1 - u) ** 2 + 100 * (v - u**2) ** 2
-
-
-def matyas(x: Any) -> Any:
-    """Matyas' function, a quadratic of condition 25; minimum 0 at the origin."""
-    u, v = x[..., 0], x[..., 1]
-    return 0.26 * (u**2 + v**2) - 0.48 * u * v
-
-
-def goldstein_price(x: Any) -> Any:
-    """Goldstein & Price: four local minima and six decades of values; minimum 3 at (0, −1)."""
-    u, v = x[..., 0], x[..., 1]
-    first = 19 - 14 * u + 3 * u**2 - 14 * v + 6 * u * v + 3 * v**2
-    second = 18 - 32 * u + 12 * u**2 + 48 * v - 36 * u * v + 27 * v**2
-    return (1 + (u + v + 1) ** 2 * first) * (30 + (2 * u - 3 * v) ** 2 * second)
-
-
-def saddle(x: Any) -> Any:
-    """x² − y² + y⁴/4 + 1, a saddle at the origin; minima 0 at (0, ±√2)."""
-    u, v = x[..., 0], x[..., 1]
-    return u**2 - v**2 + v**4 / 4 + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +36,7 @@ class Landscape:
       minimum: the value there.
       box: (lowest, highest) start in each coordinate.
       noise: usual standard deviation of each gradient component's noise.
+      residuals: coordinates -> r with function = ½ Σ r², where it is a sum of squares.
     """
 
     name: str
@@ -82,6 +46,7 @@ class Landscape:
     minimum: float
     box: tuple[tuple[float, float], ...]
     noise: float
+    residuals: Callable[[Any], Any] | None = None
 
     def lattice(self, side: int) -> _Float:
         """``side`` equidistant starts in each coordinate, shape (sideⁿ, n)."""
@@ -103,20 +68,32 @@ _SQUARE = ((-2.0, 2.0), (-2.0, 2.0))
 _LANDSCAPES = {
     landscape.name: landscape
     for landscape in (
-        Landscape("beale", "Beale", beale, ((3.0, 0.5),), 0.0, _SQUARE, 0.1),
-        Landscape("rosenbrock", "Rosenbrock", rosenbrock, ((1.0, 1.0),), 0.0, _SQUARE, 0.1),
-        Landscape("matyas", "Matyas", matyas, ((0.0, 0.0),), 0.0, ((-10.0, 10.0),) * 2, 0.1),
         Landscape(
-            "goldstein_price", "Goldstein–Price", goldstein_price, ((0.0, -1.0),), 3.0, _SQUARE, 1.0
+            "beale", "Beale", functions.beale, ((3.0, 0.5),), 0.0, _SQUARE, 0.1,
+            functions.beale_residuals,
         ),
         Landscape(
-            "saddle", "saddle", saddle, ((0.0, 2**0.5), (0.0, -(2**0.5))), 0.0, _SQUARE, 0.05
+            "rosenbrock", "Rosenbrock", functions.rosenbrock, ((1.0, 1.0),), 0.0, _SQUARE, 0.1,
+            functions.rosenbrock_residuals,
         ),
         Landscape(
-            "beale_3d", "Beale, 3-D", beale_3d, ((3.0, 0.5, 3.0),), 0.0, ((-2.0, 2.0),) * 3, 0.1
+            "matyas", "Matyas", functions.matyas, ((0.0, 0.0),), 0.0, ((-10.0, 10.0),) * 2, 0.1,
+            functions.matyas_residuals,
+        ),
+        Landscape(
+            "goldstein_price", "Goldstein–Price", functions.goldstein_price, ((0.0, -1.0),), 3.0,
+            _SQUARE, 1.0,
+        ),
+        Landscape(
+            "saddle", "saddle", functions.saddle, ((0.0, 2**0.5), (0.0, -(2**0.5))), 0.0, _SQUARE,
+            0.05,
+        ),
+        Landscape(
+            "beale_3d", "Beale, 3-D", functions.beale_3d, ((3.0, 0.5, 3.0),), 0.0,
+            ((-2.0, 2.0),) * 3, 0.1, functions.beale_3d_residuals,
         ),
     )
-}
+}  # fmt: skip
 
 
 def landscapes() -> dict[str, Landscape]:

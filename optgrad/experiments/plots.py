@@ -15,11 +15,6 @@ from optgrad.experiments.compare import Comparison
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _FEW = 6  # lines whose legend fits into a panel
 _STYLES = ("-", "--", "-.", ":")
-_PANELS = (
-    ("train_loss", "training loss", True),
-    ("test_loss", "test loss", True),
-    ("test_accuracy", "test accuracy", False),
-)
 STYLE: Any = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -49,12 +44,14 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def curves(comparison: Comparison) -> Figure:
-    """Training loss, test loss and test accuracy: mean ± one standard deviation over seeds."""
-    figure = Figure(figsize=(11, 3.6))
+    """Training loss, test loss and the score: mean ± one standard deviation over seeds."""
+    score = comparison.score
+    panels = {"train_loss": "training loss", "test_loss": "test loss", score.name: score.title}
+    figure = Figure(figsize=(11 * len(panels) / 3, 3.6))
     figure.suptitle(f"{comparison.problem}: mean ± sd over seeds")
-    axes = figure.subplots(1, len(_PANELS))
-    for axis, (metric, title, logarithmic) in zip(axes, _PANELS, strict=True):
-        lowest_start = np.inf
+    axes = figure.subplots(1, len(panels))
+    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
+        lowest_start, lowest = np.inf, np.inf
         for index, outcome in enumerate(comparison.outcomes):
             final = outcome.tuned.final
             if final is None or (final.history.diverged_at > 0).all():
@@ -69,36 +66,40 @@ def curves(comparison: Comparison) -> Figure:
             axis.plot(steps, mean, label=label, **look(index))
             axis.fill_between(steps, mean - sd, mean + sd, color=look(index)["color"], alpha=0.2)
             lowest_start = min(lowest_start, mean[min(1, len(mean) - 1)])
-        if logarithmic:
-            axis.set_yscale("log")
+            lowest = min(lowest, mean.min())
+        if not (score.in_percent and metric == score.name):
+            axis.set_yscale("log" if lowest >= 0 else "linear")
         elif np.isfinite(lowest_start):  # the first evaluation, before training, says little
             axis.set_ylim(max(0.0, lowest_start - 0.05), min(1.0, axis.get_ylim()[1]))
-            axis.axhline(comparison.target_accuracy, color="0.6", linewidth=0.8, linestyle=":")
+        if metric == score.name and np.isfinite(lowest):
+            axis.axhline(comparison.target, color="0.6", linewidth=0.8, linestyle=":")
         axis.set(xlabel="step", title=title)
-    _add_legend(figure, axes[-1], "lower right")
+    _add_legend(figure, axes[-1], "lower right" if score.larger_is_better else "best")
     return figure
 
 
 def sensitivity(comparison: Comparison) -> Figure:
     """The selection metric that each tried learning rate reached, averaged over tuning seeds."""
-    select_by = comparison.config.tuning.select_by
+    select_by, score = comparison.config.tuning.select_by, comparison.score
+    sign, lowest = score.sign(select_by), np.inf
     figure = Figure(figsize=(5.5, 3.8))
     axis: Axes = figure.subplots()
     for index, outcome in enumerate(comparison.outcomes):
         stage = next((s for s in outcome.tuned.stages if s.name == "tuning"), None)
         if stage is None:
             continue
-        by_value = tuning.scores(stage, select_by)
-        points = sorted((v, abs(s)) for v, s in by_value.items() if np.isfinite(s))
+        by_value = tuning.scores(stage, select_by, score)
+        points = sorted((v, sign * s) for v, s in by_value.items() if np.isfinite(s))
         if points:
+            lowest = min(lowest, *(reached for _, reached in points))
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4,
                       label=_text(outcome.config.label), **look(index))  # fmt: skip
         if outcome.tuned.best is not None:
             best = outcome.tuned.best
-            axis.plot(best, abs(by_value[best]), "o", markersize=10, fillstyle="none",
+            axis.plot(best, sign * by_value[best], "o", markersize=10, fillstyle="none",
                       color=look(index)["color"])  # fmt: skip
     axis.set_xscale("log")
-    if select_by.endswith("loss"):
+    if sign < 0 <= lowest:
         axis.set_yscale("log")
     axis.set(
         xlabel="learning rate (or what the method tunes)",

@@ -18,7 +18,7 @@ from flax import nnx
 from optgrad.core import checks
 from optgrad.core import layer_statistics as layers
 from optgrad.experiments import data as data_lib
-from optgrad.experiments import models
+from optgrad.experiments import models, scores
 
 AUGMENTATIONS = ("crop", "mirror")
 _CROP_PADDING = 4  # pixels on each side
@@ -45,13 +45,15 @@ class Problem:
       loss: (parameters, batch) -> mean loss.
       example_loss: (parameters, one example of a batch) -> its loss; `loss` is the mean of these.
       splits: evaluation split -> number of batches in which it is evaluated.
-      evaluate: (parameters, data, split, index) -> sums over one evaluation batch, by metric, and
-        under ``"count"`` the number of examples.
+      evaluate: (parameters, data, split, index) -> sums over one evaluation batch, by metric (one
+        of them ``"loss"``), and under ``"count"`` the number of examples.
       has_convolutions: whether the loss convolves (see `engine`).
       outputs: (parameters, batch) -> outputs z, any pytree, for methods that need ``outputs_fn``.
       out_loss: (z, batch) -> mean loss, convex in z; of `outputs` it is `loss`.
+      residuals: (parameters, batch) -> r, any pytree, with `loss` = ½ Σ r² over all of them.
       layer_statistics: (parameters, batch, key) -> ``kfac_stats``, with labels that the key samples
         from the model, or without a key those of the batch.
+      score: by which metric runs are judged; `evaluate` gives it for the split ``"test"``.
     """
 
     name: str
@@ -66,7 +68,9 @@ class Problem:
     has_convolutions: bool = False
     outputs: Callable[[Any, Any], Any] | None = None
     out_loss: Callable[[Any, Any], chex.Array] | None = None
+    residuals: Callable[[Any, Any], Any] | None = None
     layer_statistics: Callable[[Any, Any, chex.PRNGKey | None], Any] | None = None
+    score: scores.Score = scores.LOSS
 
 
 def image_classification(
@@ -197,6 +201,7 @@ def image_classification(
 
     return Problem(
         name=f"{model} on {dataset.name}",
+        score=scores.ACCURACY,
         data=device_data,
         init=lambda key: nnx.split(build(key), nnx.Param)[1],
         batches=batches,

@@ -1,30 +1,43 @@
 """The comparison in words and tables, as Markdown."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optgrad.experiments.compare import Comparison
-
-_COLUMNS = ("optimizer", "best rate", "test accuracy [%]", "test loss", "training loss",
-            "steps to target", "seeds")  # fmt: skip
+from optgrad.experiments.scores import Score
 
 
 def table(comparison: Comparison) -> tuple[Sequence[str], list[list[str]]]:
     """Header and rows of the summary, formatted."""
+    score = comparison.score
+    columns = {
+        score.name: (score.heading, score.text),
+        **{name: (text, _loss_text(score)) for name, text in _LOSSES.items() if name != score.name},
+    }
+    header = (
+        "optimizer", "best rate", *(heading for heading, _ in columns.values()), "steps to target",
+        "seeds",
+    )  # fmt: skip
     rows = [
         [
             record["optimizer"],
             _rate(record),
-            mean_sd(record, "test_accuracy", 100.0, 2),
-            mean_sd(record, "test_loss", 1.0, 4),
-            mean_sd(record, "train_loss", 1.0, 4),
+            *(mean_sd(record, name, text) for name, (_, text) in columns.items()),
             "–" if record["steps_to_target"] is None else f"{record['steps_to_target']:g}",
             _seeds(record),
         ]
         for record in comparison.summary()
     ]
-    return _COLUMNS, rows
+    return header, rows
+
+
+_LOSSES = {"test_loss": "test loss", "train_loss": "training loss"}
+
+
+def _loss_text(score: Score) -> Callable[[float], str]:
+    """Beside an accuracy losses are of order one; where they are the score, of any."""
+    return "{:.4f}".format if score.in_percent else score.text
 
 
 def _rate(record: Mapping[str, Any]) -> str:
@@ -40,18 +53,17 @@ def _seeds(record: Mapping[str, Any]) -> str:
     return f"{record['seeds']}{diverged}"
 
 
-def mean_sd(record: Mapping[str, Any], name: str, scale: float, digits: int) -> str:
+def mean_sd(record: Mapping[str, Any], name: str, text: Callable[[float], str]) -> str:
     """``mean ± sd`` of a summary's metric; a dash where there is none."""
     mean, sd = record[f"{name}_mean"], record[f"{name}_sd"]
     if mean is None:
         return "–"
-    spread = "" if sd is None else f" ± {scale * sd:.{digits}f}"
-    return f"{scale * mean:.{digits}f}{spread}"
+    return text(mean) + ("" if sd is None else f" ± {text(sd)}")
 
 
 def markdown(comparison: Comparison, environment: Mapping[str, str]) -> str:
     """The report: table, pictures, what was done, with what."""
-    config = comparison.config
+    config, score = comparison.config, comparison.score
     header, rows = table(comparison)
     lines = [
         f"# {comparison.problem}: {len(rows)} optimizers compared",
@@ -60,8 +72,9 @@ def markdown(comparison: Comparison, environment: Mapping[str, str]) -> str:
         "",
         f"Mean ± standard deviation over seeds, after {config.steps} steps of batch size "
         f"{config.batch_size}. Steps to target: median over seeds of the first evaluation (every "
-        f"{config.eval_every} steps) with a test accuracy of at least "
-        f"{100 * comparison.target_accuracy:.2f} %; a dash where most seeds never reach it. "
+        f"{config.eval_every} steps) with a {score.title} of at "
+        f"{'least' if score.larger_is_better else 'most'} {score.text(comparison.target)}"
+        f"{' %' if score.in_percent else ''}; a dash where most seeds never reach it. "
         "Training loss: mean over the minibatches since the last evaluation"
         + (", with the L2 term." if config.l2 else "."),
         "",
@@ -75,7 +88,8 @@ def markdown(comparison: Comparison, environment: Mapping[str, str]) -> str:
     lines += [
         f"- {outcome.config.label}: {outcome.seconds:.1f} s of training and evaluation in "
         f"{sum(len(s.seeds) for s in outcome.tuned.stages)} runs, "
-        f"{outcome.compilations} compilation(s) of the training step"
+        f"{outcome.compilations} compilation(s) of the training step, "
+        f"{outcome.compile_seconds:.1f} s of compiling"
         for outcome in comparison.outcomes
     ]
     lines += ["", "## Environment", ""]
@@ -99,7 +113,7 @@ def _protocol(comparison: Comparison) -> list[str]:
         lines.append("Every value of the grid was trained with every seed.")
     if tuning.protocol != "none":
         lines.append(f"Chosen by the best {tuning.select_by.replace('_', ' ')} reached.")
-        if tuning.select_by.startswith("test"):
+        if tuning.select_by.startswith("test") and not comparison.score.is_exact:
             lines.append("**Chosen on the test set: the final numbers are optimistic.**")
     if any(o.tuned.hyperparameter and o.tuned.at_edge for o in comparison.outcomes):
         lines.append("(edge): the best value is the last one tried; a better one may lie beyond.")

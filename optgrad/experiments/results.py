@@ -3,7 +3,8 @@
 That of a comparison holds:
 
 ``config.toml`` (resolved: the same command again), ``metrics.csv`` (every run at every evaluation),
-``summary.csv``, ``environment.json``, ``curves`` and ``sensitivity`` as SVG and PNG, ``report.md``.
+``summary.csv``, ``environment.json``, ``curves`` and ``sensitivity`` as SVG and PNG, ``report.md``;
+and of a user's problem the Python file.
 """
 
 import csv
@@ -24,7 +25,7 @@ import jax
 import tomli_w
 
 import optgrad
-from optgrad.experiments import plots, report
+from optgrad.experiments import plots, report, user_problems
 from optgrad.experiments.compare import Comparison
 from optgrad.experiments.config import CompareConfig
 
@@ -64,8 +65,9 @@ def check_destination(folder: Path, *, overwrite: bool) -> None:
 
 
 def default_folder(config: CompareConfig) -> Path:
-    """``results/<data set>-<time>``, below the current folder."""
-    return default_folder_of(config.dataset)
+    """``results/<data set or problem>-<time>``, below the current folder."""
+    place = user_problems.file_of(config.problem)
+    return default_folder_of(place[0].stem if place else config.problem or config.dataset)
 
 
 def default_folder_of(name: str) -> Path:
@@ -119,6 +121,10 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
     config = comparison.config.model_dump(mode="json", exclude_none=True)
     for place in ("output", "data_dir"):  # where things lie on this machine determines no number
         config.pop(place, None)
+    if own := user_problems.file_of(comparison.config.problem):
+        path, function = own
+        shutil.copyfile(path, folder / path.name)
+        config["problem"] = f"{path.name}:{function}"  # found beside the configuration
     (folder / MARKER).write_text(tomli_w.dumps(config), encoding="utf-8")
     rows = [
         {"optimizer": outcome.config.label, **row}

@@ -16,6 +16,7 @@ import numpy as np
 
 from optgrad.experiments import checkpoint
 from optgrad.experiments.engine import History, Runs, Trainer
+from optgrad.experiments.scores import ACCURACY, Score
 
 MANTISSAS = (6.0, 3.0, 1.0)
 
@@ -85,6 +86,7 @@ def tune(
     decades: float = 2.0,
     tuning_seeds: int = 1,
     select_by: str = "validation_accuracy",
+    score: Score = ACCURACY,
     on_interval: Callable[[str, Mapping[str, Any]], None] | None = None,
     waves: checkpoint.Waves | None = None,
 ) -> Tuned:
@@ -99,6 +101,7 @@ def tune(
       decades: how far below the largest stable value the search goes.
       tuning_seeds: seeds over which the selection metric is averaged while searching.
       select_by: a metric; of an accuracy the largest, of a loss the smallest value reached counts.
+      score: of the problem; it says which of the two.
       on_interval: called with (stage, record) after every evaluation of every run.
       waves: where the runs are kept as they go, and come from if they were interrupted.
     """
@@ -128,7 +131,7 @@ def tune(
     candidates = sorted(set(rates or rate_grid(tunable.low, tunable.high).tolist()), reverse=True)
     if protocol == "grid":
         stage = run("tuning", candidates, range(seeds), steps)
-        best, at_edge = _select(stage, select_by)
+        best, at_edge = _select(stage, select_by, score)
         at_best = None if best is None else _runs_at(stage, best)
         return Tuned(tunable.hyperparameter, best, at_edge, (stage,), at_best)
 
@@ -149,7 +152,7 @@ def tune(
     lowest = largest / 10**decades
     grid = [v for v in candidates if v <= largest] if rates else rate_grid(lowest, largest)
     stages.append(run("tuning", list(grid), range(tuning_seeds), steps))
-    best, at_edge = _select(stages[-1], select_by)
+    best, at_edge = _select(stages[-1], select_by, score)
     if best is None:
         return Tuned(tunable.hyperparameter, None, True, tuple(stages), None)
     unseen = range(tuning_seeds, tuning_seeds + seeds)
@@ -166,13 +169,13 @@ def _is_stable(stage: Stage) -> np.ndarray:
     return np.asarray(below & (stage.history.diverged_at == 0))
 
 
-def scores(stage: Stage, select_by: str) -> dict[float, float]:
+def scores(stage: Stage, select_by: str, score: Score = ACCURACY) -> dict[float, float]:
     """Value -> the best that its runs reached, averaged over seeds; larger is better.
 
     A value that diverged with any seed scores −∞.
     """
-    sign = -1.0 if select_by.endswith("loss") else 1.0
-    metric = sign * stage.history.metrics[select_by][:, 1:]  # before training does not count
+    after = stage.history.metrics[select_by][:, 1:]  # before training does not count
+    metric = score.sign(select_by) * after
     reached = np.where(np.isfinite(metric), metric, -np.inf).max(axis=1)
     reached = np.where(stage.history.diverged_at > 0, -np.inf, reached)
     return {
@@ -180,8 +183,8 @@ def scores(stage: Stage, select_by: str) -> dict[float, float]:
     }
 
 
-def _select(stage: Stage, select_by: str) -> tuple[float | None, bool]:
-    by_value = scores(stage, select_by)
+def _select(stage: Stage, select_by: str, score: Score) -> tuple[float | None, bool]:
+    by_value = scores(stage, select_by, score)
     best = max(by_value, key=lambda value: by_value[value])
     if by_value[best] == -np.inf:
         return None, True

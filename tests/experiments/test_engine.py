@@ -563,17 +563,17 @@ def test_steps_must_be_a_multiple_of_eval_every(steps):
 
 def test_methods_that_need_more_are_refused_before_any_work():
     method = registry.Method(
-        name="needs_residuals",
+        name="needs_features",
         factory=optgrad.m_svag,
         scale_by=None,
         family="test",
         title="",
         reference="",
         equation="",
-        needs=frozenset({"params", "residual_fn"}),
+        needs=frozenset({"params", "features"}),
     )
     untouchable = object()  # any look at the problem would raise AttributeError
-    with pytest.raises(ValueError, match=r"needs_residuals needs residual_fn, .*accepted.*value"):
+    with pytest.raises(ValueError, match=r"needs_features needs features, .*accepted.*value"):
         Trainer(untouchable, method, eval_every=1)
 
 
@@ -582,7 +582,7 @@ def test_methods_that_need_more_are_refused_before_any_work():
     [
         ("hessian_free", r"hessian_free needs out_loss_fn, outputs_fn, .*'parabola' does not have"),
         ("kfac", r"kfac needs kfac_stats, .*accepted: a Problem with layer_statistics"),
-        ("levenberg_marquardt", r"levenberg_marquardt needs residual_fn, .*harness does not"),
+        ("levenberg_marquardt", r"levenberg_marquardt needs residual_fn, .*'parabola' does not"),
     ],
 )
 def test_what_a_problem_does_not_have_is_refused(name, message):

@@ -201,7 +201,7 @@ def test_one_seed_has_no_deviation(comparison):
     (record,) = Comparison(comparison.config, "p", (outcome,), 0.6).summary()
     assert record["test_loss_sd"] is None
     assert record["test_loss_mean"] == final.history.metrics["test_loss"][0, -1]
-    assert report.mean_sd(record, "test_loss", 1.0, 2) == f"{record['test_loss_mean']:.2f}"
+    assert report.mean_sd(record, "test_loss", "{:.2f}".format) == f"{record['test_loss_mean']:.2f}"
 
 
 def test_a_target_that_most_seeds_miss_is_not_reached(comparison):

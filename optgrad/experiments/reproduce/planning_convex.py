@@ -3,16 +3,15 @@
 import functools
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 
-from optgrad.experiments import plots
+from optgrad.experiments import functions, plots
 from optgrad.experiments.reproduce import Finding, Progress, Result, Settings, verdict
 from optgrad.experiments.reproduce import planning_runs as lib
 
-_Q = np.array([1000.0, 1.0])
-_START = np.array([-1.0, 2.0])
+_Q = functions.YAO_CURVATURES
+_START = functions.YAO_CONVEX_START
 _L, _MU = 1000.0, 1.0
 _RATE = 9e-4
 WINDOWS = (2, 10, 100, 1000)
@@ -37,7 +36,7 @@ _REFERENCE = {
 
 def _loss(params: Any, data: Any, count: Any) -> Any:
     del data, count
-    return 0.5 * jnp.sum(jnp.asarray(_Q, params.dtype) * params * params)
+    return functions.yao_convex(params)
 
 
 class _Convex(NamedTuple):

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 
-from optgrad.experiments import landscapes, plots
+from optgrad.experiments import functions, plots
 from optgrad.experiments.reproduce import Finding, Progress, Result, Settings, verdict
 from optgrad.experiments.reproduce import planning_runs as lib
 
-START = np.array([-1.0, 0.0])
+START = functions.YAO_ROSENBROCK_START
 MINIMIZER = np.array([1.0, 1.0])
 RATES = (5e-4, 1e-3, 1.5e-3, 2e-3)  # of gradient descent, as the paper tries them
 WINDOWS = (2, 5, 10)
@@ -33,7 +33,7 @@ _READINGS: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
 def loss(params: Any, data: Any, count: Any) -> Any:
     """Rosenbrock's function."""
     del data, count
-    return landscapes.rosenbrock(params)
+    return functions.rosenbrock(params)
 
 
 def errors(runs: lib.Runs) -> Any:
@@ -46,7 +46,7 @@ def contours(axis: Any, low: Sequence[float], high: Sequence[float]) -> None:
     grid = np.stack(
         np.meshgrid(*(np.linspace(a, b, 300) for a, b in zip(low, high, strict=True))), -1
     )
-    values = np.log10(landscapes.rosenbrock(grid) + 1e-4)
+    values = np.log10(functions.rosenbrock(grid) + 1e-4)
     axis.contour(grid[..., 0], grid[..., 1], values, levels=18, cmap="Greys_r", linewidths=0.5,
                  alpha=0.7)  # fmt: skip
     axis.plot(*MINIMIZER, "k*", markersize=10, zorder=6)
@@ -258,7 +258,7 @@ def _descent_findings(runs: _Single) -> list[Finding]:
     moment = runs.evaluations
     last = {rate: values[-1] for rate, values in error.items()}
     best = min(last, key=lambda rate: last[rate])
-    values = landscapes.rosenbrock(runs.descent.observed[1])
+    values = functions.rosenbrock(runs.descent.observed[1])
     thousandth = [lib.first_at_most(error[r], 1e-3) for r in (1e-3, 1.5e-3)]
     return [
         Finding(
@@ -327,7 +327,7 @@ def traces(settings: Settings, progress: Progress) -> Result:
         "GD .001": runs.descent.observed[1][: runs.evaluations + 1][::20],
         "Csawg K10": planning.observed[0][ends][::20],
     }
-    values = landscapes.rosenbrock(planning.observed[0])
+    values = functions.rosenbrock(planning.observed[0])
     # The evaluation after which a plan is in force is followed by its projection.
     projected = np.flatnonzero(np.diff(planning.iteration[0]) == 0)
     change = values[projected + 1] / values[projected]

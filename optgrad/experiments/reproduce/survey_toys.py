@@ -12,6 +12,7 @@ import optax
 
 from optgrad import diagnostics
 from optgrad.core import transforms
+from optgrad.experiments import functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _saddle(name: str, y: float) -> Toy:
     """A saddle at 0 between two minima of value −1; y is the distance to its stable manifold."""
 
     def fn(p: Any) -> chex.Array:
-        return p["x"] ** 2 - p["y"] ** 2 + 0.25 * p["y"] ** 4
+        return functions.saddle_of(p["x"], p["y"])
 
     start = {"x": np.array(1.0), "y": np.array(y)}
     return Toy(name, fn, start, -1 + 1e-6, -1 + 1e-6)
@@ -152,7 +153,7 @@ def _saddle(name: str, y: float) -> Toy:
 
 def _ill_conditioned_saddle() -> Toy:
     def fn(p: Any) -> chex.Array:
-        return 50.0 * p["x"] ** 2 + 0.01 * (-(p["y"] ** 2) + 0.25 * p["y"] ** 4)
+        return functions.ill_conditioned_saddle_of(p["x"], p["y"])
 
     start = {"x": np.array(1.0), "y": np.array(1e-6)}
     return Toy("I", fn, start, -0.01 + 1e-8, -0.01 + 1e-8)

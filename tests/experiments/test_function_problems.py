@@ -293,7 +293,7 @@ NEEDS_RESIDUALS = {"hessian_free", "levenberg_marquardt"}
 def test_methods_run_on_every_problem(name, method):
     """Those of the curvature family in the slow stage."""
     if name == "saddle" and method in NEEDS_RESIDUALS:
-        with pytest.raises(ValueError, match=r"problem 'saddle from 0\.01', which does not"):
+        with pytest.raises(ValueError, match=r"which the problem 'saddle from 0\.01' does"):
             train(name, method)
         return
     options = dict(KINDS[method])

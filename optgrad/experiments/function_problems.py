@@ -233,4 +233,5 @@ def saddle(
 
 
 def _with(noise: float) -> str:
+    checks.check_in_range("noise", noise, 0.0, high_open=True)
     return f", noise {noise:g}" if noise else ""

@@ -64,11 +64,13 @@ def _function(path: Path, function: str) -> Callable[..., Any]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look for the types of their fields
     sys.path.insert(0, str(path.resolve().parent))
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # it may be a results folder
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"problem = '{path}' cannot be run: {_message(error, path)}") from error
     finally:
+        sys.dont_write_bytecode = before
         sys.path.pop(0)
     found: Any = getattr(module, function, None)
     if not callable(found):

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from optgrad import registry
 from optgrad.core import checks
 from optgrad.experiments import data, models
+from optgrad.experiments import features as features_lib
+from optgrad.experiments.schedules import ScheduleConfig
 
 DEFAULT_MODELS = {
     "digits": "mlp_small",
@@ -111,8 +113,14 @@ class CompareConfig(_Model):
     eval_every: PositiveInt | None = None
     batch_size: PositiveInt = 64
     seeds: PositiveInt = 5
-    augment: tuple[Literal["crop", "mirror"], ...] = ()
+    augment: tuple[Literal["crop", "mirror", "colour"], ...] = ()
     l2: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    accumulate: PositiveInt = 1
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    schedule: ScheduleConfig = ScheduleConfig()
     validation: (
         Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(strict=True, ge=0, lt=1)]
     ) = 0.15
@@ -128,6 +136,23 @@ class CompareConfig(_Model):
         checks.check_one_of("dataset", value, data.datasets())
         return value
 
+    @property
+    def updates(self) -> int:
+        """Updates of the optimizer in a run: training steps without gradient accumulation."""
+        return self.steps // self.accumulate
+
+    @property
+    def features(self) -> features_lib.Features:
+        """What surrounds each method."""
+        schedule = None if self.schedule.is_constant else self.schedule.factor_at(self.updates)
+        return features_lib.Features(
+            schedule=schedule,
+            weight_decay=self.weight_decay,
+            ema=self.ema,
+            accumulate=self.accumulate,
+            batch_size=self.batch_size,
+        )
+
     @pydantic.model_validator(mode="after")
     def _resolved(self) -> "CompareConfig":
         if not self.model:
@@ -138,13 +163,9 @@ class CompareConfig(_Model):
             if name not in options:
                 near = checks.did_you_mean(name, options)
                 raise ValueError(f"model_options.{name} = {value!r}: no such option; {near}")
-        if self.eval_every is None:
-            most = next(n for n in range(_EVALUATIONS, 0, -1) if self.steps % n == 0)
-            object.__setattr__(self, "eval_every", self.steps // most)
-        elif self.steps % self.eval_every:
-            raise ValueError(
-                f"steps = {self.steps} is not a multiple of eval_every = {self.eval_every}"
-            )
+        self._resolve_intervals()
+        for optimizer in self.optimizers:
+            self.features.check(registry.get_method(optimizer.method))
         if self.tuning.protocol == "none":
             for optimizer in self.optimizers:
                 method = registry.get_method(optimizer.method)
@@ -164,6 +185,25 @@ class CompareConfig(_Model):
                 "accepted: a positive validation, or tuning.select_by = 'test_accuracy'"
             )
         return self
+
+    def _resolve_intervals(self) -> None:
+        """Every run is made of whole intervals, and these of whole updates."""
+        if self.steps % self.accumulate:
+            raise ValueError(
+                f"steps = {self.steps} is not a multiple of accumulate = {self.accumulate}"
+            )
+        if self.eval_every is None:
+            most = next(n for n in range(_EVALUATIONS, 0, -1) if self.updates % n == 0)
+            object.__setattr__(self, "eval_every", self.steps // most)
+        elif self.steps % self.eval_every:
+            raise ValueError(
+                f"steps = {self.steps} is not a multiple of eval_every = {self.eval_every}"
+            )
+        elif self.eval_every % self.accumulate:
+            raise ValueError(
+                f"eval_every = {self.eval_every} is not a multiple of accumulate = "
+                f"{self.accumulate}, so that evaluations would fall within an update"
+            )
 
 
 def expected_steps(config: CompareConfig, optimizer: OptimizerConfig) -> int:
@@ -262,6 +302,8 @@ def _messages(error: pydantic.ValidationError) -> Iterable[str]:
 def _fields(path: list[str]) -> Iterable[str]:
     if path[:1] == ["tuning"]:
         return TuningConfig.model_fields
+    if path[:1] == ["schedule"]:
+        return ScheduleConfig.model_fields
     if path[:1] == ["optimizers"]:
         return OptimizerConfig.model_fields
     return CompareConfig.model_fields

@@ -10,7 +10,7 @@ import pytest
 
 import optgrad
 from optgrad import registry
-from optgrad.experiments import compare, data, problems
+from optgrad.experiments import compare, data, problems, report
 from optgrad.experiments.config import ConfigError, load_config
 from optgrad.experiments.engine import Runs, Trainer
 from optgrad.experiments.features import Features, with_average, with_weight_decay
@@ -194,7 +194,11 @@ EVERYTHING = {
 
 @pytest.mark.parametrize(
     ("method", "surroundings"),
-    [("momentum", EVERYTHING), ("m_svag_mb", {}), ("csawg", {})],
+    [
+        ("momentum", EVERYTHING),
+        ("m_svag_mb", {}),
+        pytest.param("csawg", {}, marks=pytest.mark.slow),
+    ],
     ids=["momentum with all", "m_svag_mb", "csawg"],
 )
 def test_micro_batches_equal_one_large_batch(method, surroundings):
@@ -361,29 +365,37 @@ def test_every_field_reaches_problem_and_trainer(monkeypatch):
     np.testing.assert_allclose([features.schedule(0), features.schedule(250)], [1, 0], atol=1e-6)
 
 
+def test_the_report_says_what_surrounded_the_methods():
+    def said(**overrides):
+        comparison = compare.Comparison(load_config(overrides=overrides), "problem", (), 0.9)
+        return report.markdown(comparison, {})
+
+    text = said(**{"ema": 0.99, "accumulate": 4, "weight_decay": 0.01, "schedule.warmup": 5})
+    for part in (
+        "Evaluated is the moving average of the parameters (decay 0.99).",
+        "Every update takes the gradients of 4 steps.",
+        "weight decay of 0.01",
+        "peak of a schedule (constant, 5 updates of linear warm-up)",
+    ):
+        assert part in text
+        assert part not in said()
+
+
 @pytest.mark.slow
-def test_every_field_changes_the_numbers(monkeypatch):
-    """Each alone, those of the same two steps."""
-    monkeypatch.setattr(data, "load", functools.cache(data.load))
+def test_a_comparison_with_all_features_runs():
     base = {
-        "steps": 2, "eval_every": 2, "batch_size": 8, "seeds": 1, "tuning.protocol": "none",
-        "optimizers": [{"method": "sgd", "hyperparams": {"learning_rate": 0.5}}],
-        "model_options.hidden": [4],
+        "steps": 16, "eval_every": 8, "batch_size": 16, "seeds": 1, "tuning.protocol": "grid",
+        "optimizers": ["momentum"], "tuning.rates": [0.1, 0.01],
     }  # fmt: skip
-    changes = {
-        "none": {},
-        "schedule": {"schedule.warmup": 1, "schedule.kind": "cosine", "steps": 4},
-        "weight_decay": {"weight_decay": 0.5},
-        "ema": {"ema": 0.5},
-        "accumulate": {"accumulate": 2},
-        "label_smoothing": {"label_smoothing": 0.2},
-        "precision": {"precision": "bfloat16"},
-        "augment": {"augment": ["colour"]},
-    }
-    found = {}
-    for name, change in changes.items():
-        outcome = compare.run_comparison(load_config(overrides=base | change)).outcomes[0]
-        found[name] = outcome.tuned.final.history.metrics["test_loss"][0, 1]
-    assert np.isfinite(list(found.values())).all()
-    del found["schedule"]  # of another length; its steps are measured above
-    assert len(set(found.values())) == len(found), found
+    features = {
+        "accumulate": 2, "schedule.kind": "cosine", "schedule.warmup": 2, "weight_decay": 0.01,
+        "ema": 0.5, "label_smoothing": 0.1, "precision": "bfloat16", "augment": ["crop", "colour"],
+    }  # fmt: skip
+    plain, surrounded = (
+        compare.run_comparison(load_config(overrides=base | more)).outcomes[0]
+        for more in ({}, features)
+    )
+    for name, values in surrounded.tuned.final.history.metrics.items():
+        assert np.isfinite(values[:, 1:]).all(), name
+        assert (values[:, 1:] != plain.tuned.final.history.metrics[name][:, 1:]).any(), name
+    assert surrounded.compilations == 1

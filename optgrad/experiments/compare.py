@@ -96,6 +96,8 @@ def load_problem(config: CompareConfig) -> problems.Problem:
         batch_size=config.batch_size,
         augment=config.augment,
         l2=config.l2,
+        label_smoothing=config.label_smoothing,
+        precision=config.precision,
         model_options=config.model_options,
     )
 
@@ -125,6 +127,7 @@ def _trainer(
         eval_every=config.eval_every,
         vectorize=config.vectorize,
         microbatch_size=config.microbatch_size,
+        features=config.features,
     )
     tuned = _tuned(config, optimizer)
     trainer.check([tuned] if tuned else [])

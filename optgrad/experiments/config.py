@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from optgrad import registry
 from optgrad.core import checks
 from optgrad.experiments import catalogue, data, models, user_problems
+from optgrad.experiments import features as features_lib
+from optgrad.experiments.schedules import ScheduleConfig
 
 DEFAULT_MODELS = {
     "digits": "mlp_small",
@@ -25,7 +27,7 @@ SELECT_BY = ("validation_accuracy", "validation_loss", "test_accuracy", "test_lo
 # Fields that speak of images and networks, and those that speak of another problem.
 IMAGE_FIELDS = frozenset(
     {"dataset", "data_dir", "model", "model_options", "augment", "l2", "validation"}
-    | {"target_accuracy"}
+    | {"target_accuracy", "label_smoothing", "precision"}
 )
 PROBLEM_FIELDS = frozenset({"problem", "problem_options", "target"})
 PAPER_METHODS = ("momentum", "adam", "m_ssd", "m_svag")
@@ -123,8 +125,14 @@ class CompareConfig(_Model):
     eval_every: PositiveInt | None = None
     batch_size: PositiveInt = 64
     seeds: PositiveInt = 5
-    augment: tuple[Literal["crop", "mirror"], ...] = ()
+    augment: tuple[Literal["crop", "mirror", "colour"], ...] = ()
     l2: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    accumulate: PositiveInt = 1
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    schedule: ScheduleConfig = ScheduleConfig()
     validation: (
         Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(strict=True, ge=0, lt=1)]
     ) = 0.15
@@ -147,19 +155,32 @@ class CompareConfig(_Model):
         other = IMAGE_FIELDS if self.problem else PROBLEM_FIELDS
         return {name: value for name, value in handler(self).items() if name not in other}
 
+    @property
+    def updates(self) -> int:
+        """Updates of the optimizer in a run: training steps without gradient accumulation."""
+        return self.steps // self.accumulate
+
+    @property
+    def features(self) -> features_lib.Features:
+        """What surrounds each method."""
+        schedule = None if self.schedule.is_constant else self.schedule.factor_at(self.updates)
+        return features_lib.Features(
+            schedule=schedule,
+            weight_decay=self.weight_decay,
+            ema=self.ema,
+            accumulate=self.accumulate,
+            batch_size=self.batch_size,
+        )
+
     @pydantic.model_validator(mode="after")
     def _resolved(self) -> "CompareConfig":
         if self.problem:
             self._check_problem()
         else:
             self._check_images()
-        if self.eval_every is None:
-            most = next(n for n in range(_EVALUATIONS, 0, -1) if self.steps % n == 0)
-            object.__setattr__(self, "eval_every", self.steps // most)
-        elif self.steps % self.eval_every:
-            raise ValueError(
-                f"steps = {self.steps} is not a multiple of eval_every = {self.eval_every}"
-            )
+        self._resolve_intervals()
+        for optimizer in self.optimizers:
+            self.features.check(registry.get_method(optimizer.method))
         if self.tuning.protocol == "none":
             for optimizer in self.optimizers:
                 method = registry.get_method(optimizer.method)
@@ -207,6 +228,25 @@ class CompareConfig(_Model):
         catalogue.check_name(self.problem, self.problem_options)
         if "batch_size" not in self.model_fields_set:
             object.__setattr__(self, "batch_size", 1)
+
+    def _resolve_intervals(self) -> None:
+        """Every run is made of whole intervals, and these of whole updates."""
+        if self.steps % self.accumulate:
+            raise ValueError(
+                f"steps = {self.steps} is not a multiple of accumulate = {self.accumulate}"
+            )
+        if self.eval_every is None:
+            most = next(n for n in range(_EVALUATIONS, 0, -1) if self.updates % n == 0)
+            object.__setattr__(self, "eval_every", self.steps // most)
+        elif self.steps % self.eval_every:
+            raise ValueError(
+                f"steps = {self.steps} is not a multiple of eval_every = {self.eval_every}"
+            )
+        elif self.eval_every % self.accumulate:
+            raise ValueError(
+                f"eval_every = {self.eval_every} is not a multiple of accumulate = "
+                f"{self.accumulate}, so that evaluations would fall within an update"
+            )
 
 
 def expected_steps(config: CompareConfig, optimizer: OptimizerConfig) -> int:
@@ -314,6 +354,8 @@ def _messages(error: pydantic.ValidationError) -> Iterable[str]:
 def _fields(path: list[str]) -> Iterable[str]:
     if path[:1] == ["tuning"]:
         return TuningConfig.model_fields
+    if path[:1] == ["schedule"]:
+        return ScheduleConfig.model_fields
     if path[:1] == ["optimizers"]:
         return OptimizerConfig.model_fields
     return CompareConfig.model_fields

@@ -29,6 +29,7 @@ import optax
 from optgrad import registry
 from optgrad.core import checks, oracles, transforms
 from optgrad.experiments import checkpoint
+from optgrad.experiments import features as features_lib
 from optgrad.experiments.problems import Problem
 
 VECTORIZE = ("auto", "vmap", "map")
@@ -83,9 +84,11 @@ class Trainer:
       eval_every: steps from one evaluation to the next.
       vectorize: ``"auto"``, ``"vmap"`` or ``"map"``.
       microbatch_size: per-example gradients held at once, for methods that need their variance.
+      features: what surrounds the method: schedule, weight decay, accumulation, average.
 
     Raises:
-      ValueError: if the method needs something that the harness, or the problem, does not have.
+      ValueError: if the method needs something that the harness, or the problem, does not have, or
+        does not go with the features.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Trainer:
         eval_every: int,
         vectorize: str = "auto",
         microbatch_size: int | None = None,
+        features: features_lib.Features = features_lib.PLAIN,
     ) -> None:
         checks.check_one_of("vectorize", vectorize, VECTORIZE)
         checks.check_in_range("eval_every", eval_every, 1)
@@ -105,6 +109,7 @@ class Trainer:
                 f"{method.name} needs {', '.join(sorted(missing))}, which the harness does not "
                 f"compute; accepted: methods that need any of {', '.join(sorted(PROVIDED))}"
             )
+        features.check(method)
         self._extras = _extras_for(problem, method)
         # Where the statistics stand in for gradients of the examples, they are of the same labels.
         self._samples_labels = (
@@ -114,7 +119,7 @@ class Trainer:
         self.problem, self.method = problem, method
         self.hyperparams = dict(hyperparams or {})
         self.eval_every = eval_every
-        self.microbatch_size = microbatch_size
+        self.microbatch_size, self.features = microbatch_size, features
         self.vectorize = ("map" if on_cpu else "vmap") if vectorize == "auto" else vectorize
         self.scans = not (on_cpu and problem.has_convolutions)
         over_runs = jax.vmap if self.vectorize == "vmap" else _not_vectorized
@@ -223,7 +228,8 @@ class Trainer:
         for step in range(len(records[0]) * self.eval_every, steps + 1, self.eval_every):
             if step:
                 state, train_loss = self._advance(state, hyperparams, seeds)
-            metrics = {"train_loss": train_loss, **self._evaluate_all(state.params)}
+            evaluated = self.features.evaluated(state.params, state.opt_state)
+            metrics = {"train_loss": train_loss, **self._evaluate_all(evaluated)}
             host = {k: np.atleast_1d(np.asarray(v, float)) for k, v in metrics.items()}
             diverged_at = np.atleast_1d(np.asarray(state.diverged_at))
             for row, record in enumerate(records):
@@ -273,7 +279,7 @@ class Trainer:
     # One run, inside jit ----------------------------------------------------------------------
 
     def _optimizer(self, hyperparams: Any) -> optax.GradientTransformationExtraArgs:
-        return self.method.factory(**self.hyperparams, **hyperparams)
+        return self.features.optimizer(self.method, {**self.hyperparams, **hyperparams})
 
     def _init_run(self, hyperparams: Any, seed: chex.Array) -> RunState:
         init_key, _ = jax.random.split(jax.random.key(seed))

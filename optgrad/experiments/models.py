@@ -156,10 +156,12 @@ class AllCNNC(nnx.Module):
     classes@1x1. The seventh has no padding (VALID), as the 6x6 map that the paper averages
     requires; the others have SAME. 1,387,108 parameters with 100 classes, 1,369,738 with ten.
 
-    Deviations. Dropout, which Springenberg et al. use on the input and after both strides, is left
-    out. Both papers put ReLU after the last convolution too; that is ``output_relu=True``, and not
-    the default, because a class whose map is zero everywhere gets no gradient any more: of three
-    short runs of SGD with momentum on CIFAR-10 (``width=24``, step size 0.05, 150 steps of 64
+    Springenberg et al. use dropout, 20 % on the input and 50 % after both strides: that is
+    ``dropout=(0.2, 0.5)``. It is none by default, as Balles & Hennig do not mention it.
+
+    Deviation. Both papers put ReLU after the last convolution too; that is ``output_relu=True``,
+    and not the default, because a class whose map is zero everywhere gets no gradient any more: of
+    three short runs of SGD with momentum on CIFAR-10 (``width=24``, step size 0.05, 150 steps of 64
     images) one lost all ten classes, one three and one one, and none did without that ReLU.
 
     Args:
@@ -169,6 +171,8 @@ class AllCNNC(nnx.Module):
       width: filters of the first three convolutions; the next five have twice as many. 96 in
         the paper; a small one makes a network for tests.
       output_relu: whether ReLU follows the last convolution too.
+      dropout: the rates in [0, 1) at which pixels of the input, and units after the two strides,
+        are zeroed in training.
 
     References:
       J. T. Springenberg, A. Dosovitskiy, T. Brox and M. Riedmiller, Striving for Simplicity: The
@@ -181,6 +185,7 @@ class AllCNNC(nnx.Module):
         *[((3, 3), 1, "SAME"), ((3, 3), 1, "SAME"), ((3, 3), 2, "SAME")],
         *[((3, 3), 1, "VALID"), ((1, 1), 1, "SAME"), ((1, 1), 1, "SAME")],
     )
+    _STRIDES: ClassVar = (3, 6)  # the layers of stride 2, counted from 1
 
     def __init__(
         self,
@@ -190,11 +195,13 @@ class AllCNNC(nnx.Module):
         rngs: nnx.Rngs,
         width: int = 96,
         output_relu: bool = False,
+        dropout: Sequence[float] = (0.0, 0.0),
     ) -> None:
         self.image_shape = _checked_image_shape(image_shape, at_least=9)
         (width,) = _checked_sizes("width", (width,))
         (num_classes,) = _checked_sizes("num_classes", (num_classes,))
         self.output_relu = output_relu
+        self.dropout = _checked_dropout(dropout)
         outputs = [width] * 3 + [2 * width] * 5 + [num_classes]
         inputs = [self.image_shape[-1], *outputs[:-1]]
         inits = [_BEFORE_RELU] * 8 + [_BEFORE_RELU if output_relu else _BEFORE_LOGITS]
@@ -205,17 +212,41 @@ class AllCNNC(nnx.Module):
             )
         )
 
-    def __call__(self, images: chex.Array) -> chex.Array:
-        """Logits [B, classes] of float images [B, H, W, C]."""
+    def __call__(self, images: chex.Array, keys: chex.PRNGKey | None = None) -> chex.Array:
+        """Logits [B, classes] of float images [B, H, W, C].
+
+        Args:
+          images: normalised.
+          keys: PRNG keys [B] of the images' dropout; without them nothing is dropped.
+        """
         _check_images(images, self.image_shape)
-        signal = images
+        on_input, after_stride = self.dropout
+        signal = _dropped_out(images, keys, on_input, place=0)
         *hidden, output = self.layers
-        for layer in hidden:
+        for place, layer in enumerate(hidden, start=1):
             signal = jax.nn.relu(layer(signal))
+            if place in self._STRIDES:
+                signal = _dropped_out(signal, keys, after_stride, place)
         signal = output(signal)
         if self.output_relu:
             signal = jax.nn.relu(signal)
         return jnp.mean(signal, axis=(1, 2))
+
+
+def _dropped_out(
+    signal: chex.Array, keys: chex.PRNGKey | None, rate: float, place: int
+) -> chex.Array:
+    """The signal [B, ...] with units zeroed at a rate and the others scaled to the same mean.
+
+    Each example has a key of its own, so that its mask is the same alone and within a batch.
+    """
+    if keys is None or not rate:
+        return signal
+
+    def kept(key: chex.PRNGKey) -> chex.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, signal.shape[1:])
+
+    return jnp.where(jax.vmap(kept)(keys), signal / (1 - rate), 0.0).astype(signal.dtype)
 
 
 # The checks -----------------------------------------------------------------------------------
@@ -243,6 +274,20 @@ def _checked_sizes(name: str, sizes: Any, length: int | None = None) -> tuple[in
         many = "integers" if length is None else f"{length} integers"
         raise ValueError(f"{name} = {sizes!r}; accepted: {many} of 1 or more")
     return checked
+
+
+def _checked_dropout(dropout: Any) -> tuple[float, float]:
+    """Two rates in [0, 1)."""
+    try:
+        on_input, after_stride = (float(rate) for rate in dropout)
+    except (TypeError, ValueError):
+        on_input = math.nan
+    if not (0 <= on_input < 1 and 0 <= after_stride < 1):
+        raise ValueError(
+            f"dropout = {dropout!r}; accepted: two rates in [0, 1), on the input and after the "
+            "strides, such as (0.2, 0.5)"
+        )
+    return on_input, after_stride
 
 
 def _check_images(images: chex.Array, image_shape: ImageShape) -> None:

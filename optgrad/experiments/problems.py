@@ -6,29 +6,27 @@ and sums up ``evaluate``. All of them run inside jit and under vmap.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from optgrad.core import checks
-from optgrad.core import layer_statistics as layers
 from optgrad.experiments import data as data_lib
 from optgrad.experiments import models, scores
+from optgrad.experiments.augmentation import AUGMENTATIONS, augment_images, distort_colours
+from optgrad.experiments.classification import (
+    AnyBatch,
+    Batch,
+    Classifier,
+    DropoutBatch,
+    cross_entropy,
+)
 
-AUGMENTATIONS = ("crop", "mirror")
-_CROP_PADDING = 4  # pixels on each side
-
-
-class Batch(NamedTuple):
-    """A minibatch of examples, normalised."""
-
-    images: chex.Array  # float32 [B, H, W, C]
-    labels: chex.Array  # int32 [B]
+_COLOUR, _DROPOUT = 2, 3  # folded into a batch's key; shifts and reflections have its split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +78,8 @@ def image_classification(
     batch_size: int,
     augment: Sequence[str] = (),
     l2: float = 0.0,
+    label_smoothing: float = 0.0,
+    precision: str = "float32",
     model_options: Mapping[str, Any] | None = None,
     evaluation_batch: int = 1000,
 ) -> Problem:
@@ -97,18 +97,21 @@ def image_classification(
       dataset: with or without a validation split; without one, only ``"test"`` is evaluated.
       model: a name from `models.models`.
       batch_size: examples per step, at most the number of training images.
-      augment: any of ``"crop"`` (random crop after padding by 4 pixels), ``"mirror"``.
+      augment: any of ``"crop"`` (random crop after padding by 4 pixels), ``"mirror"``, ``"colour"``
+        (see `augmentation`).
       l2: λ ≥ 0.
+      label_smoothing: ε in [0, 1), of the training loss; see `Classifier`.
+      precision: ``"float32"`` or ``"bfloat16"``, in training; the evaluation is in float32.
       model_options: further arguments of the network.
       evaluation_batch: images evaluated at once.
 
     Returns:
-      The problem; its metrics are ``loss`` (cross-entropy without the L2 term) and ``accuracy``.
+      The problem; its metrics are ``loss`` (cross-entropy without the L2 term and label smoothing)
+      and ``accuracy``, without dropout and augmentation.
     """
     count = len(dataset.train.labels)
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size = {batch_size} is outside its range [1, {count}]")
-    checks.check_in_range("l2", l2, 0.0, high_open=True)
     for name in augment:
         checks.check_one_of("augment", name, AUGMENTATIONS)
 
@@ -122,7 +125,10 @@ def image_classification(
         )
 
     # The structure alone, without drawing weights; options that do not fit are refused here.
-    graph, _ = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))), nnx.Param)
+    network = nnx.eval_shape(lambda: build(jax.random.key(0)))
+    graph, _ = nnx.split(network, nnx.Param)
+    drops_out = any(getattr(network, "dropout", ()))
+    classifier = Classifier(graph, dataset.num_classes, l2, label_smoothing, precision)
     splits = {
         name: (jnp.asarray(examples.images), jnp.asarray(examples.labels))
         for name, examples in (("validation", dataset.validation), ("test", dataset.test))
@@ -146,43 +152,16 @@ def image_classification(
         indices = epoch_indices(order_key, steps, num_steps, count, batch_size)
         return indices, jax.vmap(lambda step: jax.random.fold_in(augment_key, step))(steps)
 
-    def batch(data: Any, drawn: tuple[chex.Array, chex.PRNGKey]) -> Batch:
+    def batch(data: Any, drawn: tuple[chex.Array, chex.PRNGKey]) -> AnyBatch:
         indices, key = drawn
         images, labels = (array[indices] for array in data["train"])
-        return Batch(augment_images(key, normalise(data, images), augment), labels)
-
-    def logits_of(params: Any, images: chex.Array) -> chex.Array:
-        logits: chex.Array = nnx.merge(graph, params)(images)
-        return logits
-
-    def outputs(params: Any, examples: Batch) -> tuple[chex.Array, list[chex.Array]]:
-        # With the weights among the outputs, the Gauss-Newton matrix contains the L2 term.
-        weights = [w for w in jax.tree.leaves(params) if w.ndim > 1] if l2 else []
-        return logits_of(params, examples.images), weights
-
-    def out_loss(z: tuple[chex.Array, list[chex.Array]], examples: Batch) -> chex.Array:
-        logits, weights = z
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels)
-        value = jnp.mean(losses)
-        if weights:
-            value += 0.5 * l2 * sum(jnp.sum(w * w) for w in weights)
-        return value
-
-    def loss(params: Any, examples: Batch) -> chex.Array:
-        return out_loss(outputs(params, examples), examples)
-
-    def layer_statistics(params: Any, examples: Batch, key: chex.PRNGKey | None) -> Any:
-        return layers.layer_statistics(
-            graph,
-            params,
-            examples.images,
-            examples.labels,
-            key,
-            labels="data" if key is None else "model",
-        )
-
-    def example_loss(params: Any, example: Batch) -> chex.Array:
-        return loss(params, jax.tree.map(lambda x: x[None], example))
+        if "colour" in augment:
+            images = distort_colours(jax.random.fold_in(key, _COLOUR), images)
+        images = augment_images(key, normalise(data, images), augment)
+        if not drops_out:
+            return Batch(images, labels)
+        keys = jax.random.split(jax.random.fold_in(key, _DROPOUT), len(labels))
+        return DropoutBatch(images, labels, keys)
 
     def evaluate(params: Any, data: Any, split: str, index: chex.Numeric) -> dict[str, chex.Array]:
         images, labels = data[split]
@@ -190,8 +169,8 @@ def image_classification(
         inside = rows < len(labels)  # the last batch repeats the last image with weight 0
         rows = jnp.minimum(rows, len(labels) - 1)
         examples = Batch(normalise(data, images[rows]), labels[rows])
-        logits = logits_of(params, examples.images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels)
+        logits = classifier.logits(params, examples.images)
+        losses = cross_entropy(logits, examples.labels)
         correct = jnp.argmax(logits, axis=-1) == examples.labels
         return {
             "loss": jnp.sum(jnp.where(inside, losses, 0.0)),
@@ -206,14 +185,14 @@ def image_classification(
         init=lambda key: nnx.split(build(key), nnx.Param)[1],
         batches=batches,
         batch=batch,
-        loss=loss,
-        example_loss=example_loss,
+        loss=classifier.loss,
+        example_loss=classifier.example_loss,
         splits={k: -(-len(labels) // evaluation_batch) for k, (_, labels) in splits.items()},
         evaluate=evaluate,
         has_convolutions=models.models()[model].has_convolutions,
-        outputs=outputs,
-        out_loss=out_loss,
-        layer_statistics=layer_statistics,
+        outputs=classifier.outputs,
+        out_loss=classifier.out_loss,
+        layer_statistics=classifier.layer_statistics,
     )
 
 
@@ -235,21 +214,3 @@ def epoch_indices(
     orders = jax.vmap(permutation)(first_epoch + jnp.arange(num_epochs))
     columns = (steps % per_epoch)[:, None] * batch_size + jnp.arange(batch_size)
     return orders[(steps // per_epoch - first_epoch)[:, None], columns]
-
-
-def augment_images(key: chex.PRNGKey, images: chex.Array, augment: Sequence[str]) -> chex.Array:
-    """Randomly shifted and mirrored images [B, H, W, C], each on its own; zeros come in."""
-    crop_key, mirror_key = jax.random.split(key)
-    if "crop" in augment:
-        pad = _CROP_PADDING
-        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        offsets = jax.random.randint(crop_key, (len(images), 2), 0, 2 * pad + 1)
-        images = jax.vmap(
-            lambda image, offset: jax.lax.dynamic_slice(
-                image, (offset[0], offset[1], 0), images.shape[1:]
-            )
-        )(padded, offsets)
-    if "mirror" in augment:
-        flip = jax.random.bernoulli(mirror_key, 0.5, (len(images), 1, 1, 1))
-        images = jnp.where(flip, images[:, :, ::-1], images)
-    return images

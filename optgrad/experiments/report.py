@@ -77,6 +77,7 @@ def markdown(comparison: Comparison, environment: Mapping[str, str]) -> str:
         f"{' %' if score.in_percent else ''}; a dash where most seeds never reach it. "
         "Training loss: mean over the minibatches since the last evaluation"
         + (", with the L2 term." if config.l2 else "."),
+        *_surroundings(comparison),
         "",
         "![curves](curves.svg)",
         "",
@@ -97,6 +98,25 @@ def markdown(comparison: Comparison, environment: Mapping[str, str]) -> str:
     lines += ["", "Repeat it, in this folder (with --data-dir if need be):", "", "```"]
     lines += [_command(), "```", ""]
     return "\n".join(lines)
+
+
+def _surroundings(comparison: Comparison) -> list[str]:
+    """What surrounded the optimizers, and what the numbers are therefore of."""
+    config = comparison.config
+    schedule = config.schedule
+    said = {
+        f"The rate is the peak of a schedule ({schedule.kind}, {schedule.warmup} updates of linear "
+        "warm-up).": not schedule.is_constant,
+        f"Decoupled weight decay of {config.weight_decay:g}.": config.weight_decay,
+        f"Every update takes the gradients of {config.accumulate} steps.": config.accumulate > 1,
+        f"Label smoothing of {config.label_smoothing:g} in the training loss.": (
+            config.label_smoothing
+        ),
+        "Trained in bfloat16, with float32 parameters.": config.precision == "bfloat16",
+        f"Evaluated is the moving average of the parameters (decay {config.ema:g}).": config.ema,
+    }
+    text = " ".join(text for text, holds in said.items() if holds)
+    return ["", text] if text else []
 
 
 def _protocol(comparison: Comparison) -> list[str]:

@@ -31,6 +31,11 @@ batch_size = 32
 seeds = 3
 augment = ["crop", "mirror"]
 l2 = 1e-4
+weight_decay = 0.0
+label_smoothing = 0.1
+precision = "bfloat16"
+accumulate = 1
+ema = 0.99
 validation = 5000
 target_accuracy = 0.9
 vectorize = "vmap"
@@ -39,6 +44,13 @@ output = "/tmp/somewhere"
 
 [model_options]
 hidden = [32, 16]
+
+[schedule]
+kind = "constant"
+at = []
+factor = 0.1
+warmup = 0
+final = 0.0
 
 [tuning]
 protocol = "grid"
@@ -115,6 +127,7 @@ def test_every_field_is_read(toml):
     tree = tomllib.loads(EVERYTHING)
     assert set(tree) == set(CompareConfig.model_fields) - config.PROBLEM_FIELDS
     assert set(tree["tuning"]) == set(config.TuningConfig.model_fields)
+    assert set(tree["schedule"]) == set(config.ScheduleConfig.model_fields)
 
 
 @pytest.mark.parametrize("path", [None, *FILES, "everything"], ids=["default", *IDS, "everything"])
@@ -200,7 +213,7 @@ def test_a_configuration_does_not_change():
         ("validation", 1.5, ["validation", "1.5", "less than 1"]),
         ("target_accuracy", 97, ["target_accuracy = 97", "less than or equal to 1"]),
         ("microbatch_size", 0, ["microbatch_size = 0", "greater than 0"]),
-        ("augment", ["flip"], ["augment.0 = 'flip'", "'crop' or 'mirror'"]),
+        ("augment", ["flip"], ["augment.0 = 'flip'", "'crop', 'mirror' or 'colour'"]),
         ("vectorize", "pmap", ["vectorize = 'pmap'", "'auto', 'vmap' or 'map'"]),
         ("dataset", "mnits", ["dataset = 'mnits'", "did you mean 'mnist'", "'cifar100'"]),
         ("dataset", 3, ["dataset = 3", "string"]),

@@ -8,7 +8,15 @@ import numpy as np
 
 from optgrad import registry
 from optgrad.core import checks
-from optgrad.experiments import catalogue, checkpoint, compilation, data, problems, tuning
+from optgrad.experiments import (
+    catalogue,
+    checkpoint,
+    compilation,
+    data,
+    problems,
+    statistics,
+    tuning,
+)
 from optgrad.experiments.config import CompareConfig, OptimizerConfig
 from optgrad.experiments.engine import Trainer
 from optgrad.experiments.scores import ACCURACY, Score
@@ -41,6 +49,11 @@ class Comparison:
     def summary(self) -> list[dict[str, Any]]:
         """One record per optimizer: the best rate, and mean and deviation over the final seeds."""
         return [_summary(outcome, self.target, self.score) for outcome in self.outcomes]
+
+    def ranking(self) -> statistics.Ranking:
+        """The order of the optimizers by the score after the last step, and who is told apart."""
+        finals = {outcome.config.label: _finals(outcome, self.score) for outcome in self.outcomes}
+        return statistics.ranking(finals, larger_is_better=self.score.larger_is_better)
 
 
 def run_comparison(
@@ -174,6 +187,17 @@ def _run_one(
     return Outcome(optimizer, tuned, trainer.compilations, seconds, compiling)
 
 
+def _finals(outcome: Outcome, score: Score) -> dict[int, float]:
+    """Seed -> the score after the last step of the final runs; NaN of one that diverged."""
+    final = outcome.tuned.final
+    if final is None:
+        return {}
+    values = np.where(
+        final.history.diverged_at == 0, final.history.metrics[score.name][:, -1], np.nan
+    )
+    return {int(seed): float(v) for seed, v in zip(final.seeds, values, strict=True)}
+
+
 def final_metric(outcome: Outcome, name: str) -> np.ndarray:
     """The metric after the last step, of the final runs that did not diverge."""
     final = outcome.tuned.final
@@ -197,6 +221,10 @@ def _summary(outcome: Outcome, target: float, score: Score) -> dict[str, Any]:
         values = final_metric(outcome, name)
         record[f"{name}_mean"] = float(np.mean(values)) if values.size else None
         record[f"{name}_sd"] = float(np.std(values, ddof=1)) if values.size > 1 else None
+    values = final_metric(outcome, score.name)
+    record[f"{score.name}_median"] = float(np.median(values)) if values.size else None
+    low, high = statistics.median_interval(values) if values.size else (None, None)
+    record[f"{score.name}_median_low"], record[f"{score.name}_median_high"] = low, high
     record[f"target_{score.metric}"] = target
     record["steps_to_target"] = None if final is None else _steps_to(final, target, score)
     record["training_seconds"] = outcome.seconds

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from optgrad.experiments import statistics
 from optgrad.experiments.compare import Comparison
 from optgrad.experiments.scores import Score
 
@@ -84,6 +85,7 @@ def markdown(comparison: Comparison, environment: Mapping[str, str]) -> str:
     ]
     if any(outcome.tuned.hyperparameter for outcome in comparison.outcomes):
         lines += ["![sensitivity](sensitivity.svg)", ""]
+    lines += ["## Who is ahead", "", *_who_is_ahead(comparison), ""]
     lines += ["## How the rates were chosen", "", *_protocol(comparison), ""]
     lines += ["## Cost", ""]
     lines += [
@@ -117,6 +119,41 @@ def _surroundings(comparison: Comparison) -> list[str]:
     }
     text = " ".join(text for text, holds in said.items() if holds)
     return ["", text] if text else []
+
+
+def _who_is_ahead(comparison: Comparison) -> list[str]:
+    """The best beside each other optimizer, and whether it is called the winner."""
+    ranking, score = comparison.ranking(), comparison.score
+    best = ranking.order[0]
+    if not ranking.differences:
+        return ["There are no two optimizers with finite results."]
+    if ranking.winner:
+        verdict = f"**{best} is the winner.**"
+    else:
+        alike = [d.label for d in ranking.differences if not d.p < 1.0 - statistics.LEVEL]
+        verdict = f"{best} has the best mean, and **no winner is called**"
+        verdict += f": it is not told apart from {', '.join(alike)}." if alike else "."
+    header = ("rival", f"{best} is better by", "95 % interval", "p (Holm)", "common seeds")
+    rows = [
+        [
+            d.label,
+            score.text(d.mean),
+            f"{score.text(d.low)} … {score.text(d.high)}"
+            if d.seeds >= statistics.MIN_SEEDS
+            else "–",
+            f"{d.p:.3g}" if d.seeds >= statistics.MIN_SEEDS else "–",
+            str(d.seeds),
+        ]
+        for d in ranking.differences
+    ]
+    unit = ", in percentage points" if score.in_percent else ""
+    return [
+        f"By the {score.title} after the last step{unit}. {verdict}",
+        "",
+        markdown_table(header, rows),
+        "",
+        statistics.RULE,
+    ]
 
 
 def _protocol(comparison: Comparison) -> list[str]:

@@ -3,14 +3,17 @@
 That of a comparison holds:
 
 ``config.toml`` (resolved: the same command again), ``metrics.csv`` (every run at every evaluation),
-``summary.csv``, ``environment.json``, ``curves`` and ``sensitivity`` as SVG and PNG, ``report.md``;
+``summary.csv``, ``summary.json`` (with the configuration, the environment and who is ahead),
+``environment.json``, ``curves`` and ``sensitivity`` as SVG and PNG, ``report.md``;
 and of a user's problem the Python file.
 """
 
 import csv
+import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -134,13 +137,32 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
     ]
     write_csv(folder / "metrics.csv", rows)
     write_csv(folder / "summary.csv", comparison.summary())
-    environment = json.dumps(describe_environment(), indent=2)
-    (folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
+    environment = describe_environment()
+    _write_json(folder / "environment.json", environment)
+    everything = {
+        "problem": comparison.problem,
+        "score": comparison.score.name,
+        "config": config,
+        "environment": environment,
+        "summary": comparison.summary(),
+        "ranking": dataclasses.asdict(comparison.ranking()),
+    }
+    _write_json(folder / "summary.json", everything)
     for name, figure in plots.figures(comparison).items():
         for suffix in ("svg", "png"):
             plots.save(figure, folder / f"{name}.{suffix}")
-    text = report.markdown(comparison, describe_environment())
+    text = report.markdown(comparison, environment)
     (folder / "report.md").write_text(text, encoding="utf-8")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """NaN and infinity, which JSON has not, are null."""
+
+    def plain(x: Any) -> Any:
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    plain_tree = jax.tree.map(plain, content)
+    path.write_text(json.dumps(plain_tree, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 from optgrad.core import checks
@@ -59,7 +60,7 @@ class Ranking:
     winner: str | None
 
 
-def median_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+def median_interval(values: npt.ArrayLike, level: float = LEVEL) -> tuple[float, float]:
     """Percentile bootstrap interval of the median, from 10,000 resamples of a fixed seed.
 
     With few values it is coarse and too narrow: of five it goes from the smallest to the largest,
@@ -74,9 +75,10 @@ def median_interval(values: Sequence[float], level: float = LEVEL) -> tuple[floa
       (1.0, 5.0)
     """
     checks.check_in_range("level", level, 0.0, 1.0, low_open=True, high_open=True)
-    if not len(values):
+    values = np.asarray(values, float)
+    if not values.size:
         return math.nan, math.nan
-    draws = np.random.default_rng(0).choice(np.asarray(values, float), (10_000, len(values)))
+    draws = np.random.default_rng(0).choice(values, (10_000, values.size))
     tail = 50.0 * (1.0 - level)
     low, high = np.percentile(np.median(draws, axis=1), [tail, 100.0 - tail])
     return float(low), float(high)

@@ -170,7 +170,8 @@ def test_compare_writes_the_folder(compared):
     here, _ = compared
     assert [path.name for path in here.iterdir()] == ["out"]
     assert {path.name for path in (here / "out").iterdir()} == {
-        "config.toml", "metrics.csv", "summary.csv", "environment.json", "report.md",
+        "config.toml", "metrics.csv", "summary.csv", "summary.json", "environment.json",
+        "report.md",
         "curves.svg", "curves.png", "sensitivity.svg", "sensitivity.png",
     }  # fmt: skip
 
@@ -240,7 +241,7 @@ def test_compare_on_the_real_mnist(real_data_dir, run, tmp_path):
 def test_defaults_are_the_papers_four_on_digits(run, tmp_path, monkeypatch):
     seen = []
 
-    def note(settings, on_interval):
+    def note(settings, on_interval, journal):
         seen.append(settings)
         raise ValueError("enough")
 
@@ -253,7 +254,7 @@ def test_defaults_are_the_papers_four_on_digits(run, tmp_path, monkeypatch):
 def test_options_reach_their_fields(run, tmp_path, monkeypatch):
     seen = []
 
-    def note(settings, on_interval):
+    def note(settings, on_interval, journal):
         seen.append(settings)
         raise ValueError("enough")
 

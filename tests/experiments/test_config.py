@@ -40,6 +40,7 @@ validation = 5000
 target_accuracy = 0.9
 vectorize = "vmap"
 microbatch_size = 8
+checkpoint_seconds = 60.0
 output = "/tmp/somewhere"
 
 [model_options]

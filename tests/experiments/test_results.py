@@ -24,7 +24,7 @@ from optgrad.experiments.results import ResultsError
 from optgrad.experiments.tuning import Stage, Tuned
 
 FILES = {
-    "config.toml", "metrics.csv", "summary.csv", "environment.json", "report.md",
+    "config.toml", "metrics.csv", "summary.csv", "summary.json", "environment.json", "report.md",
     "curves.svg", "curves.png", "sensitivity.svg", "sensitivity.png",
 }  # fmt: skip
 METRICS = ("train_loss", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy")
@@ -250,9 +250,14 @@ def test_the_report_says_what_was_found(folder):
         assert part in text, part
     for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / name).is_file()
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 4
-    assert len({line.count("|") for line in table}) == 1
+    summary, rivals = (
+        [line for line in part.splitlines() if line.startswith("|")]
+        for part in text.split("## Who is ahead")
+    )
+    for table, rows in ((summary, 4), (rivals, 2)):  # one had no stable value
+        assert len(table) == 2 + rows
+        assert len({line.count("|") for line in table}) == 1
+    assert "no winner is called" in text or "is the winner" in text
     mean, sd = (float(read_csv(folder / "summary.csv")[0][f"test_accuracy_{k}"])
                 for k in ("mean", "sd"))  # fmt: skip
     assert f"{100 * mean:.2f} ± {100 * sd:.2f}" in text
@@ -431,3 +436,27 @@ def test_the_current_folder_is_refused_at_once_or_written(tmp_path, comparison, 
         return
     results.write(comparison, Path())
     assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_summary_json_has_everything(folder):
+    """And is JSON, which knows no NaN."""
+    text = (folder / "summary.json").read_text(encoding="utf-8")
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    found = json.loads(text, parse_constant=refuse)
+    assert set(found) == {"problem", "score", "config", "environment", "summary", "ranking"}
+    assert found["config"]["steps"] == 40
+    assert found["environment"]["optgrad"] == optgrad.__version__
+    labels = [row["optimizer"] for row in found["summary"]]
+    assert sorted(found["ranking"]["order"]) == sorted(labels)
+    best, *others = (
+        row for label in found["ranking"]["order"] for row in found["summary"]
+        if row["optimizer"] == label
+    )  # fmt: skip
+    for row in others:
+        if row["test_accuracy_mean"] is not None:
+            assert row["test_accuracy_mean"] <= best["test_accuracy_mean"]
+    assert best["test_accuracy_median_low"] <= best["test_accuracy_median"]
+    assert best["test_accuracy_median"] <= best["test_accuracy_median_high"]

@@ -84,7 +84,7 @@ class Scale:
     quadratic_steps: int = 100
     samples: int = 20_000
     theorem_steps: int = 100_000
-    theorem_runs: int = 20
+    theorem_runs: int = 10
 
 
 _MNIST = Network("MNIST, MLP 1000-500-100", "mnist", "mlp", 20_000, 128, l2=1e-4)

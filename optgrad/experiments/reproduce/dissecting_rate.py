@@ -115,11 +115,12 @@ def plateau(problem: Setting, rate: float) -> float:
 def asymptote(problem: Setting, rate: float, steps: Array) -> Array:
     """E[f − f*] of SVAG with exact η² on an axis-aligned quadratic as t → ∞.
 
-    With γ → λ²θ²/σ², σ = νλ, a coordinate has E[θ²]' = −(2αλ − α²λ²)θ⁴/ν², so that E[θ²] →
-    ν²/((2αλ − α²λ²)t) and E[f − f*] → Σ ½ν²/((2α − α²λ)t).
+    For small θ, γ = θ²/ν², and a coordinate's 1/θ² becomes a squared Bessel process: its steps
+    have mean (2αλ + 3α²λ²)/ν² and variance 4α²λ²/(ν²θ²). Hence E[θ²] → ν²/((2αλ + α²λ²)t) and
+    E[f − f*] → Σ ½ν²/((2α + α²λ)t).
     """
     eigenvalues = np.diag(problem.matrix)
-    return np.asarray(np.sum(0.5 * NOISE**2 / (2 * rate - rate**2 * eigenvalues)) / steps)
+    return np.asarray(np.sum(0.5 * NOISE**2 / (2 * rate + rate**2 * eigenvalues)) / steps)
 
 
 def bound(problem: Setting, first: float, squared_norm: float, steps: Array) -> Array:
@@ -183,7 +184,7 @@ def theorem1(settings: Settings, progress: Progress) -> Result:
             f"{NOISE:g}, float64; {scale.theorem_steps:,} steps, mean ± one standard deviation "
             f"over {scale.theorem_runs} runs. SVAG multiplies the gradient by (1 + η²)⁻¹ with the "
             "exact η² and has α = 1/L. In an axis-aligned basis its limit is known exactly (thin "
-            "line): E f − f∗ → Σ ½ν²/((2α − α²λ)t). In a rotated one coordinates whose gradient "
+            "line): E f − f∗ → Σ ½ν²/((2α + α²λ)t). In a rotated one coordinates whose gradient "
             "passes near zero are slow, and the rate sets in later. Beside them the method for "
             "practice, which estimates η² by moving averages and of which the theorem says "
             "nothing, and SGD at two constant step sizes with their exact plateaus (dotted). This "

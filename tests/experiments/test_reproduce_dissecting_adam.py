@@ -151,6 +151,17 @@ def test_every_budget_is_whole_evaluations_and_the_papers_decay():
     assert all(n.seeds == 10 and n.decades == 2 and not n.model_options for n in full.values())
 
 
+def test_reduced_data_are_the_first_classes_and_images():
+    whole = invented_images("mnist")
+    found = training.reduced(whole, 3, 5)
+    assert found.num_classes == 3
+    np.testing.assert_array_equal(found.test_labels, [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(found.test_images, whole.test_images[[0, 1, 2, 10, 11]])
+    assert len(found.train_labels) == 12
+    same = training.reduced(whole, None, None)
+    np.testing.assert_array_equal(same.test_images, whole.test_images)
+
+
 # Figures of invented outcomes -------------------------------------------------------------------
 
 SEEDS = 6

@@ -215,7 +215,8 @@ def _draw(networks: Mapping[str, Network], methods: Sequence[str], outcomes: Out
                 axis.set_ylabel(title)
         axes[0, column].set_title(network.title)
         axes[-1, column].set_xlabel("step")
-    axes[0, 0].legend()
+    if axes[0, 0].get_legend_handles_labels()[1]:  # none where every run was lost
+        axes[0, 0].legend()
     return figure
 
 

@@ -31,6 +31,7 @@ class Network:
       decades: how far below the largest stable rate the tuning goes.
       evaluations: per run.
       test_images: how many of the test set are evaluated; None: all.
+      classes: how many classes the data is restricted to; None: all.
       microbatch_size: per-example gradients held at once by the mini-batch versions.
       differs: what is not the paper's, in words.
     """
@@ -48,6 +49,7 @@ class Network:
     decades: float = 2.0
     evaluations: int = 20
     test_images: int | None = None
+    classes: int | None = None
     microbatch_size: int | None = None
     differs: str = ""
 
@@ -109,18 +111,19 @@ CPU = Scale(
     {
         "mnist": dataclasses.replace(
             _MNIST, steps=1000, seeds=5, decades=1.0, evaluations=10, test_images=5000,
-            differs="1,000 steps of 20,000",
+            differs="1,000 steps of 20,000, one decade of rates, five seeds",
         ),
         "cifar10": dataclasses.replace(
-            _CIFAR10, steps=300, batch_size=64, seeds=5, decades=1.0, evaluations=10,
-            test_images=2000, model_options={"channels": (16, 24, 32), "hidden": (128, 64)},
-            differs="a quarter of the channels and units, batches of 64 not 256, 300 steps of "
-            "20,000",
+            _CIFAR10, steps=300, batch_size=32, seeds=5, decades=1.0, evaluations=6,
+            test_images=1000, model_options={"channels": (16, 24, 32), "hidden": (128, 64)},
+            differs="a quarter of the channels and units, batches of 32 not 256, 300 steps of "
+            "20,000, one decade of rates, five seeds",
         ),
         "cifar100": dataclasses.replace(
-            _CIFAR100, steps=300, batch_size=64, seeds=5, decades=1.0, evaluations=10,
-            test_images=2000, model_options={"width": 12},
-            differs="an eighth of the channels, batches of 64 not 256, 300 steps of 60,000",
+            _CIFAR100, steps=480, batch_size=32, seeds=5, decades=1.0, evaluations=6,
+            test_images=1000, classes=10, model_options={"width": 8},
+            differs="the first ten classes alone, a twelfth of the channels, batches of 32 not "
+            "256, 480 steps of 60,000, one decade of rates, five seeds",
         ),
     },
 )  # fmt: skip

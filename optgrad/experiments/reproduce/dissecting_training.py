@@ -38,12 +38,7 @@ def load_problem(settings: Settings, name: str) -> problems.Problem:
     """
     budget = scale_of(settings).networks[name]
     dataset = data.load(budget.dataset, settings.data_dir, download=False)
-    if budget.test_images:
-        dataset = dataclasses.replace(
-            dataset,
-            test_images=dataset.test_images[: budget.test_images],
-            test_labels=dataset.test_labels[: budget.test_images],
-        )
+    dataset = reduced(dataset, budget.classes, budget.test_images)
     return problems.image_classification(
         dataset,
         budget.model,
@@ -51,6 +46,20 @@ def load_problem(settings: Settings, name: str) -> problems.Problem:
         augment=budget.augment,
         l2=budget.l2,
         model_options=budget.model_options,
+    )
+
+
+def reduced(dataset: data.Dataset, classes: int | None, test_images: int | None) -> data.Dataset:
+    """The data set's first classes, and of their test images the first ones; None: all."""
+    classes = dataset.num_classes if classes is None else classes
+    train, test = dataset.train_labels < classes, dataset.test_labels < classes
+    return dataclasses.replace(
+        dataset,
+        train_images=dataset.train_images[train],
+        train_labels=dataset.train_labels[train],
+        test_images=dataset.test_images[test][:test_images],
+        test_labels=dataset.test_labels[test][:test_images],
+        classes=dataset.classes[:classes],
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from optgrad.experiments import compare, data, plots
 from optgrad.experiments.reproduce import Finding, Progress, Result, Settings
@@ -215,8 +216,10 @@ def _draw(networks: Mapping[str, Network], methods: Sequence[str], outcomes: Out
                 axis.set_ylabel(title)
         axes[0, column].set_title(network.title)
         axes[-1, column].set_xlabel("step")
-    if axes[0, 0].get_legend_handles_labels()[1]:  # none where every run was lost
-        axes[0, 0].legend()
+    lines = [
+        Line2D([], [], label=training.LABELS[m], **plots.look(i)) for i, m in enumerate(methods)
+    ]
+    figure.legend(handles=lines, loc="outside upper center", ncols=len(lines))
     return figure
 
 

@@ -128,7 +128,7 @@ CPU = Scale(
     },
 )  # fmt: skip
 _TINY: Mapping[str, Any] = {
-    "steps": 6, "batch_size": 8, "seeds": 2, "decades": 0.1, "evaluations": 3, "test_images": 20
+    "steps": 24, "batch_size": 16, "seeds": 2, "decades": 0.1, "evaluations": 3, "test_images": 20
 }  # fmt: skip
 QUICK = Scale(
     "quick",

@@ -352,11 +352,14 @@ class _LiveView:
 def reproduce(  # noqa: PLR0917  typer reads the options from the signature
     paper: Annotated[str | None, typer.Argument(help="Which paper; none: list them all.")] = None,
     figures: Annotated[
-        list[str] | None, typer.Argument(help="Figures or tables; default: all.")
+        list[str] | None, typer.Argument(help="Figures or tables, or 'all', the default.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier results folder.")] = False,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with the data sets.")] = None,
+    scale: Annotated[
+        str, typer.Option(help="'cpu' or, where there is one, 'paper': the paper's budget.")
+    ] = "cpu",
     quick: Annotated[
         bool, typer.Option(help="Seconds, to try it; the numbers mean little.")
     ] = False,
@@ -373,9 +376,10 @@ def reproduce(  # noqa: PLR0917  typer reads the options from the signature
     with _refusals():
         reproduction = lib.get_reproduction(paper)
         makers = reproduction.select(figures or ())
+        settings = lib.Settings(quick=quick, data_dir=data_dir, scale=scale)
+        reproduction.check_settings(settings)
         folder = output or results.default_folder_of(paper)
         results.check_destination(folder, overwrite=overwrite)
-        settings = lib.Settings(quick=quick, data_dir=data_dir)
         found = _make_with_progress(makers, settings)
         reproduction_report.write(reproduction, found, settings, folder, overwrite=overwrite)
     for result in found.values():

@@ -16,11 +16,13 @@ from matplotlib.figure import Figure
 from optgrad.core import checks
 
 _MODULES = {  # name on the command line -> module
+    "dissecting-adam": "dissecting_adam",
     "online-parabola": "online_parabola",
     "step-size-planning": "step_size_planning",
     "survey-slides": "survey_slides",
 }
 
+ALL = "all"  # on the command line: every figure
 Progress = Callable[[float], None]  # called with the fraction of a figure that is done
 
 
@@ -31,10 +33,12 @@ class Settings:
     Attributes:
       quick: seconds instead of minutes, for tests; the numbers then mean little.
       data_dir: folder with the data sets.
+      scale: how much of a paper's budget, one of the reproduction's scales.
     """
 
     quick: bool = False
     data_dir: Path | None = None
+    scale: str = "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,22 +89,44 @@ class FigureMaker:
 
 @dataclasses.dataclass(frozen=True)
 class Reproduction:
-    """Everything that is reproduced of one paper."""
+    """Everything that is reproduced of one paper.
+
+    Attributes:
+      name: on the command line.
+      title: of the report.
+      reference: the paper.
+      figures: name -> what makes it, in the paper's order.
+      scales: budgets that it can be run with -> what the report says about them.
+    """
 
     name: str
     title: str
     reference: str
     figures: Mapping[str, FigureMaker]
+    scales: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"cpu": ""})
 
     def select(self, names: Sequence[str]) -> dict[str, FigureMaker]:
-        """The named figures in the paper's order, all without names.
+        """The named figures in the paper's order, all without names or with ``"all"``.
 
         Raises:
           ValueError: for an unknown figure, with the nearest names.
         """
         for name in names:
-            checks.check_one_of("figure", name, self.figures)
-        return {k: v for k, v in self.figures.items() if not names or k in names}
+            checks.check_one_of("figure", name, (*self.figures, ALL))
+        wanted = self.figures if not names or ALL in names else names
+        return {k: v for k, v in self.figures.items() if k in wanted}
+
+    def check_settings(self, settings: Settings) -> None:
+        """Refuses a scale that this reproduction does not have.
+
+        Raises:
+          ValueError: naming the scales that it has.
+        """
+        checks.check_one_of("scale", settings.scale, self.scales)
+        if settings.quick and settings.scale != "cpu":
+            raise ValueError(
+                f"scale = {settings.scale!r} and quick exclude each other; accepted: one of them"
+            )
 
 
 def reproductions() -> tuple[str, ...]:
@@ -108,7 +134,7 @@ def reproductions() -> tuple[str, ...]:
 
     Examples:
       >>> reproductions()
-      ('online-parabola', 'step-size-planning', 'survey-slides')
+      ('dissecting-adam', 'online-parabola', 'step-size-planning', 'survey-slides')
     """
     return tuple(_MODULES)
 

@@ -35,7 +35,12 @@ def write(
     """
 
     def write_files(prepared: Path) -> None:
-        config = {"reproduce": reproduction.name, "figures": list(found), "quick": settings.quick}
+        config = {
+            "reproduce": reproduction.name,
+            "figures": list(found),
+            "quick": settings.quick,
+            "scale": settings.scale,
+        }
         (prepared / results.MARKER).write_text(tomli_w.dumps(config), encoding="utf-8")
         for name, result in found.items():
             results.write_csv(prepared / f"{name}.csv", result.rows)
@@ -52,6 +57,8 @@ def markdown(reproduction: Reproduction, found: Mapping[str, Result], settings: 
     lines = [f"# {reproduction.title}", "", f"Reproduced: {reproduction.reference}.", ""]
     if settings.quick:
         lines += ["**Quick mode: far too few runs for the numbers to mean anything.**", ""]
+    elif label := reproduction.scales[settings.scale]:
+        lines += [label, ""]
     for name, result in found.items():
         lines += [f"## {result.title}", "", result.text, "", f"![{name}]({name}.png)", ""]
         for header, rows in result.tables:
@@ -62,6 +69,8 @@ def markdown(reproduction: Reproduction, found: Mapping[str, Result], settings: 
     lines += [f"- {key}: {value}" for key, value in results.describe_environment().items()]
     command = ["optgrad", "reproduce", reproduction.name]
     command += [] if set(found) == set(reproduction.figures) else list(found)
+    if len(reproduction.scales) > 1 and not settings.quick:
+        command += ["--scale", settings.scale]
     command += ["--quick"] if settings.quick else []
     lines += ["", "Repeat it:", "", "```", shlex.join(command), "```", ""]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The reproduction of Dissecting Adam: every figure in quick mode, scales, verdicts."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -31,13 +32,14 @@ TRAINED = {"fig3", "fig6", "fig7"}  # dozens of programs to compile
 
 
 def invented_images(name, data_dir=None, download=True):
-    """A data set of noise, of the real one's shape; no test depends on files."""
+    """Small images as bright as their label; no test depends on files."""
     generator = np.random.default_rng(0)
-    shape, classes = ((28, 28, 1), 10) if name == "mnist" else ((32, 32, 3), 10)
+    shape, classes = (8, 8, 1 if name == "mnist" else 3), 10
     parts = {}
     for part, count in (("train", 40), ("test", 25)):
-        parts[f"{part}_images"] = generator.integers(0, 256, (count, *shape)).astype(np.uint8)
-        parts[f"{part}_labels"] = (np.arange(count) % classes).astype(np.int32)
+        labels = (np.arange(count) % classes).astype(np.int32)
+        pixels = 20 * labels[:, None, None, None] + generator.integers(0, 40, (count, *shape))
+        parts |= {f"{part}_images": pixels.astype(np.uint8), f"{part}_labels": labels}
     return data.Dataset(name, classes=tuple(map(str, range(classes))), **parts)
 
 
@@ -83,7 +85,13 @@ def test_figure_in_quick_mode(name, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_figures_of_networks_in_quick_mode(run, tmp_path):
+def test_figures_of_networks_in_quick_mode(run, tmp_path, monkeypatch):
+    """With tiny dense networks: fourteen convolutional training steps compile for minutes."""
+    dense = {
+        name: dataclasses.replace(network, model="mlp", model_options={"hidden": (4,)}, augment=())
+        for name, network in scales.QUICK.networks.items()
+    }
+    monkeypatch.setattr(scales, "QUICK", dataclasses.replace(scales.QUICK, networks=dense))
     check_folder(run, tmp_path, sorted(TRAINED))
 
 
@@ -102,6 +110,22 @@ def check_folder(run, tmp_path, names):
         assert read
         assert list(read[0]) == COLUMNS[name]
         assert "nan" not in (folder / f"{name}.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_protocol_is_the_papers():
+    """A.2: stable rates searched from the top, selection by test accuracy, other seeds."""
+    found = training.outcome(QUICK, "mnist", "adam")
+    *_, tuned, final = found.tuned.stages
+    assert [s.name for s in found.tuned.stages[:-2]] == ["stability"] * (
+        len(found.tuned.stages) - 2
+    )
+    reached = tuned.history.metrics["test_accuracy"][:, 1:].max(axis=1)
+    assert found.tuned.best == tuned.values[reached.argmax()]
+    assert set(final.values) == {found.tuned.best}
+    assert not set(tuned.seeds) & set(final.seeds)
+    assert len(final.seeds) == scales.QUICK.networks["mnist"].seeds
+    assert training.outcome(QUICK, "mnist", "adam") is found
 
 
 # Scales -----------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def _reproduce(
         title=title,
         text="\n".join([*_what_was_done(networks, methods, outcomes), *_what_is_missing(missing)]),
         figure=drawn,
-        rows=_rows(outcomes) or [{"status": "skipped"}],
+        rows=_rows(outcomes) or [{"status": "no stable rate" if outcomes else "skipped"}],
         tables=[_table(networks, methods, outcomes)] if outcomes else [],
         findings=[*judge(outcomes), *skipped],
     )

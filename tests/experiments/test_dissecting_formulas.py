@@ -1,5 +1,7 @@
 """Formulas of the reproduction of Dissecting Adam, against NumPy, SciPy and simulation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from optgrad.experiments.reproduce import dissecting_claims as claims
 from optgrad.experiments.reproduce import dissecting_factors as factors
 from optgrad.experiments.reproduce import dissecting_quadratics as quadratics
 from optgrad.experiments.reproduce import dissecting_rate as rate
+from optgrad.experiments.reproduce import dissecting_scales as scales
 from optgrad.experiments.reproduce import dissecting_signs as signs
 from optgrad.experiments.reproduce import dissecting_training as training
 from optgrad.experiments.reproduce.planning_runs import double_precision
@@ -300,17 +303,17 @@ def test_a_claim_of_parts():
 
 
 def test_learning_rate_is_divided_at_the_boundaries():
-    method = training.with_decay(optgrad.get_method("m_ssd"), [2, 3])
+    budget = dataclasses.replace(
+        scales.PAPER.networks["cifar100"], steps=6, decay_at=(1 / 3, 1 / 2)
+    )
+    surroundings = training.surroundings(budget)
+    optimizer = surroundings.optimizer(optgrad.get_method("m_ssd"), {"learning_rate": 0.5})
     params = jnp.zeros(1)
-
-    @jax.jit
-    def run(learning_rate):
-        optimizer = method.factory(learning_rate=learning_rate)
-        state = optimizer.init(params)
-        sizes = []
-        for _ in range(5):
-            updates, state = optimizer.update(jnp.ones(1), state, params)
-            sizes.append(optax.tree.norm(updates))
-        return jnp.stack(sizes)
-
-    np.testing.assert_allclose(run(0.5), [0.5, 0.5, 0.05, 0.005, 0.005], rtol=1e-6)
+    state = optimizer.init(params)
+    sizes = []
+    for _ in range(5):
+        updates, state = optimizer.update(jnp.ones(1), state, params)
+        sizes.append(optax.tree.norm(updates))
+    np.testing.assert_allclose(sizes, [0.5, 0.5, 0.05, 0.005, 0.005], rtol=1e-6)
+    constant = training.surroundings(scales.PAPER.networks["mnist"])
+    assert constant.schedule is None

@@ -136,8 +136,7 @@ def _schedule(network: Network) -> str:
 def _augmentation(network: Network) -> str:
     if not network.augment:
         return ""
-    without = "" if "colour" in network.augment else ", without the paper's colour distortion"
-    return f", augmentation: {', '.join(network.augment)}{without}"
+    return f", augmentation: {', '.join(network.augment)}"
 
 
 def _what_is_missing(missing: Mapping[str, str]) -> list[str]:

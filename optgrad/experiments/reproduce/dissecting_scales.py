@@ -6,10 +6,7 @@ from typing import Any
 
 from optgrad.experiments.reproduce import Settings
 
-_CROPPED = (
-    "crop",
-    "mirror",
-)  # the paper has colour distortion too: add "colour" where there is one
+_AUGMENTED = ("crop", "mirror", "colour")
 _DECAY = (2 / 3, 5 / 6)  # the paper's 40k and 50k of 60k steps
 
 
@@ -91,11 +88,17 @@ class Scale:
 
 _MNIST = Network("MNIST, MLP 1000-500-100", "mnist", "mlp", 20_000, 128, l2=1e-4)
 _CIFAR10 = Network(
-    "CIFAR-10, three convolutions", "cifar10", "cifar10_cnn", 20_000, 256, augment=_CROPPED, l2=2e-3
+    "CIFAR-10, three convolutions",
+    "cifar10",
+    "cifar10_cnn",
+    20_000,
+    256,
+    augment=_AUGMENTED,
+    l2=2e-3,
 )
 _CIFAR100 = Network(
     "CIFAR-100, All-CNN-C", "cifar100", "all_cnn_c", 60_000, 256,
-    augment=_CROPPED, decay_at=_DECAY, l2=5e-4,
+    augment=_AUGMENTED, decay_at=_DECAY, l2=5e-4,
 )  # fmt: skip
 
 PAPER = Scale(

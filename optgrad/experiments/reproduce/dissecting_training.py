@@ -2,19 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 import optgrad
-from optgrad import registry
-from optgrad.experiments import compare, data, engine, problems, tuning
+from optgrad.experiments import compare, data, engine, features, problems, tuning
 from optgrad.experiments.config import OptimizerConfig
 from optgrad.experiments.reproduce import Progress, Settings
 from optgrad.experiments.reproduce.dissecting_scales import Network, scale_of
+from optgrad.experiments.schedules import ScheduleConfig
 
 Array = npt.NDArray[Any]
 LABELS = {
@@ -63,22 +62,17 @@ def reduced(dataset: data.Dataset, classes: int | None, test_images: int | None)
     )
 
 
-def with_decay(method: registry.Method, boundaries: Sequence[int]) -> registry.Method:
-    """The method with its learning rate divided by ten after each of these numbers of steps."""
-
-    @functools.wraps(method.factory)
-    def factory(learning_rate: Any, **hyperparams: Any) -> Any:
-        def schedule(count: Any) -> Any:
-            return learning_rate * 0.1 ** jnp.sum(count >= jnp.asarray(boundaries))
-
-        return method.factory(learning_rate=schedule, **hyperparams)
-
-    return dataclasses.replace(method, factory=factory)
-
-
 def boundaries(budget: Network) -> list[int]:
     """The steps after which the learning rate is divided by ten."""
     return [round(fraction * budget.steps) for fraction in budget.decay_at]
+
+
+def surroundings(budget: Network) -> features.Features:
+    """The schedule of the learning rate."""
+    if not budget.decay_at:
+        return features.Features()
+    decay = ScheduleConfig(kind="step", at=tuple(boundaries(budget)))
+    return features.Features(schedule=decay.factor_at(budget.steps))
 
 
 def outcome(
@@ -103,14 +97,12 @@ _OUTCOMES: dict[tuple[Settings, str, str], compare.Outcome] = {}
 
 def _train(settings: Settings, name: str, method: str, progress: Progress) -> compare.Outcome:
     budget = scale_of(settings).networks[name]
-    record = optgrad.get_method(method)
-    if budget.decay_at:
-        record = with_decay(record, boundaries(budget))
     trainer = engine.Trainer(
         load_problem(settings, name),
-        record,
+        optgrad.get_method(method),
         eval_every=budget.eval_every,
         microbatch_size=budget.microbatch_size,
+        features=surroundings(budget),
     )
     tuned = tuning.tune(
         trainer,

@@ -34,7 +34,7 @@ TRAINED = {"fig3", "fig6", "fig7"}  # dozens of programs to compile
 def invented_images(name, data_dir=None, download=True):
     """Small images as bright as their label; no test depends on files."""
     generator = np.random.default_rng(0)
-    shape, classes = (8, 8, 1 if name == "mnist" else 3), 10
+    shape, classes = (9, 9, 1 if name == "mnist" else 3), 10
     parts = {}
     for part, count in (("train", 40), ("test", 25)):
         labels = (np.arange(count) % classes).astype(np.int32)

@@ -6,8 +6,8 @@ networks on MNIST, CIFAR-10 and CIFAR-100 (figures 3, 6 and 7) by the paper's tu
 
 from optgrad.experiments.reproduce import FigureMaker, Reproduction
 from optgrad.experiments.reproduce import dissecting_factors as factors
+from optgrad.experiments.reproduce import dissecting_figure2 as quadratics
 from optgrad.experiments.reproduce import dissecting_networks as networks
-from optgrad.experiments.reproduce import dissecting_quadratics as quadratics
 from optgrad.experiments.reproduce import dissecting_rate as rate
 
 REPRODUCTION = Reproduction(

@@ -41,7 +41,7 @@ class FakeTrainer:
         self.eval_every = EVAL_EVERY
         self.calls = []  # (values, seeds, steps)
 
-    def train(self, runs, steps, on_interval=None):
+    def train(self, runs, steps, on_interval=None, waves=None):
         assert set(runs.hyperparams) <= {"learning_rate"}
         values = runs.hyperparams.get("learning_rate", np.full(len(runs.seeds), math.nan))
         assert len(values) == len(runs.seeds)
@@ -259,7 +259,7 @@ def test_what_counts_as_stable(column, value):
     trainer = FakeTrainer(stable=10.0, diverges=100.0)
     train, (name, index) = trainer.train, column
 
-    def worse_at_the_top(runs, steps, on_interval=None):
+    def worse_at_the_top(runs, steps, on_interval=None, waves=None):
         history = train(runs, steps, on_interval)
         history.metrics[name][runs.hyperparams["learning_rate"] > 2.0, index:] = value
         return history

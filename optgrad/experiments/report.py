@@ -124,9 +124,9 @@ def _surroundings(comparison: Comparison) -> list[str]:
 def _who_is_ahead(comparison: Comparison) -> list[str]:
     """The best beside each other optimizer, and whether it is called the winner."""
     ranking, score = comparison.ranking(), comparison.score
-    best = ranking.order[0]
     if not ranking.differences:
         return ["There are no two optimizers with finite results."]
+    best = ranking.order[0]
     if ranking.winner:
         verdict = f"**{best} is the winner.**"
     else:

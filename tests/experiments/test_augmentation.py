@@ -123,6 +123,7 @@ def test_an_image_that_is_grey_stays_grey():
     np.testing.assert_allclose(after, after[..., :1] + 0 * after, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_batches_are_distorted_before_they_are_normalised():
     images = some_images()
     labels = (np.arange(COUNT) % 2).astype(np.int32)

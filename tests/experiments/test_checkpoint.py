@@ -54,7 +54,7 @@ def assert_same(found, expected):
     assert repr(found) == repr(expected)  # of floats, nan is nan and each bit shows
 
 
-@pytest.mark.parametrize("vectorize", ["map", "vmap"])
+@pytest.mark.parametrize("vectorize", ["map", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_interrupted_again_and_again(tmp_path, vectorize):
     """At every seventh evaluation, those that are read again included."""
     expected = study(vectorize=vectorize)

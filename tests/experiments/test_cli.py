@@ -205,6 +205,7 @@ def test_compare_tuned_and_replicated(compared):
     assert all(float(row["test_accuracy_mean"]) > 0.2 for row in summary)
 
 
+@pytest.mark.slow
 def test_the_command_in_the_report_gives_the_same_numbers(compared, run, monkeypatch):
     here, _ = compared
     (command,) = re.findall(

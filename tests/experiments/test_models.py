@@ -204,6 +204,7 @@ def assert_close(actual, expected):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow  # convolutions compile for long under vmap
 @pytest.mark.parametrize("name", NARROW)
 def test_construction_under_jit_and_vmap(name):
     keys = jax.random.split(jax.random.key(5), 3)

@@ -301,7 +301,7 @@ def test_figures_share_outcomes_and_report_them(monkeypatch):
     text = report_lib.markdown(PAPER, found, QUICK)
     assert "| MNIST | M-SSD | none stable | no stable rate |" in text
     assert "rate ÷ 10 after 16 and 20 steps" in text
-    assert "without the paper's colour distortion" in text
+    assert "augmentation: crop, mirror, colour" in text
     assert {f.verdict for f in found["fig7"].findings} == {"holds"}
 
 

@@ -317,6 +317,7 @@ def as_user(*arguments, cwd):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_compare_on_a_users_file_from_anywhere(write, tmp_path, monkeypatch):
     """The guide's file and command; then the report's command in the results folder alone."""
     write(VALLEY, "valley.py")

@@ -17,8 +17,8 @@ from optgrad.experiments.reproduce import planning_runs as lib
 from optgrad.experiments.reproduce import survey_runs as runs
 
 HIDDEN, BATCH, L2 = 32, 256, 1e-4
-BUDGET = 1000.0
-COLUMNS = (300.0, 1000.0)
+BUDGET = 600.0
+COLUMNS = (300.0, 600.0)
 _TITLE = "MNIST with equal budgets"
 
 

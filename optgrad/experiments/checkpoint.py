@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +325,15 @@ def _read_waves(path: Path) -> dict[tuple[str, int], Mapping[str, Any]]:
             whole += len(line)
     os.truncate(path, whole)
     return found
+
+
+def replay(
+    records: Records, eval_every: int, on_interval: Callable[[int, int, dict[str, float]], None]
+) -> None:
+    """Reports what was measured before an interruption, as (run, step, metrics)."""
+    for row, run in enumerate(records):
+        for index, record in enumerate(run):
+            on_interval(row, index * eval_every, record)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

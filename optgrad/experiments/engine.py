@@ -12,7 +12,7 @@ An evaluation interval is one `lax.scan`. There is one exception, which the engi
 CPU, XLA runs a convolution inside any loop many times slower than outside, so there a host loop
 drives one compiled step.
 
-Initialisation, batches and augmentation are functions of (seed, step) alone: a run gives the same
+What one run computes is in `program`: functions of (seed, step) alone, so that a run gives the same
 numbers, up to float rounding, whatever runs beside it.
 """
 
@@ -24,25 +24,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from optgrad import registry
-from optgrad.core import checks, oracles, transforms
+from optgrad.core import checks
 from optgrad.experiments import checkpoint
 from optgrad.experiments import features as features_lib
+from optgrad.experiments.extras import Extras
 from optgrad.experiments.problems import Problem
+from optgrad.experiments.program import Program, RunState
 
 VECTORIZE = ("auto", "vmap", "map")
-# What every problem has, and what it has if it has a function of that name.
-_ALWAYS = ("params", "value", "grad", "value_fn", "per_example_grads", "gradient_variance")
-_OPTIONAL = {
-    "outputs_fn": "outputs",
-    "out_loss_fn": "out_loss",
-    "residual_fn": "residuals",
-    "kfac_stats": "layer_statistics",
-}
-PROVIDED = frozenset({*_ALWAYS, *_OPTIONAL})
-_LABELS = 2  # folded into a run's key; its initialisation and batches have the two of its split
 
 
 class Runs(NamedTuple):
@@ -50,15 +41,6 @@ class Runs(NamedTuple):
 
     hyperparams: Mapping[str, np.ndarray]  # traced hyperparameters, each of shape [R]
     seeds: np.ndarray  # integers [R]
-
-
-class RunState(NamedTuple):
-    """Where one run stands; under vmap with a leading axis of runs."""
-
-    params: Any
-    opt_state: Any
-    step: chex.Array  # steps taken, int32 ()
-    diverged_at: chex.Array  # first step (from 1) whose loss was not finite, 0 if none, int32 ()
 
 
 class History(NamedTuple):
@@ -104,40 +86,32 @@ class Trainer:
     ) -> None:
         checks.check_one_of("vectorize", vectorize, VECTORIZE)
         checks.check_in_range("eval_every", eval_every, 1)
-        if missing := method.needs - PROVIDED:
-            raise ValueError(
-                f"{method.name} needs {', '.join(sorted(missing))}, which the harness does not "
-                f"compute; accepted: methods that need any of {', '.join(sorted(PROVIDED))}"
-            )
         features.check(method)
-        self._extras = _extras_for(problem, method)
-        # Where the statistics stand in for gradients of the examples, they are of the same labels.
-        self._samples_labels = (
-            "kfac_stats" in self._extras and "per_example_grads" not in method.needs
+        self.program = Program(
+            problem,
+            method,
+            dict(hyperparams or {}),
+            eval_every,
+            features,
+            Extras(problem, method, microbatch_size),
         )
         on_cpu = jax.default_backend() == "cpu"
         self.problem, self.method = problem, method
-        self.hyperparams = dict(hyperparams or {})
-        self.eval_every = eval_every
-        self.microbatch_size, self.features = microbatch_size, features
+        self.eval_every, self.features = eval_every, features
         self.vectorize = ("map" if on_cpu else "vmap") if vectorize == "auto" else vectorize
         self.scans = not (on_cpu and problem.has_convolutions)
-        over_runs = jax.vmap if self.vectorize == "vmap" else _not_vectorized
-        self._init = jax.jit(over_runs(self._init_run))
-        self._batches = jax.jit(over_runs(self._draw_batches, in_axes=(0, 0, None)))
+
+        def compiled(function: Callable[..., Any], *in_axes: int | None, **options: Any) -> Any:
+            vmapped = jax.vmap(function, in_axes) if self.vectorize == "vmap" else function
+            return jax.jit(vmapped, **options)
+
+        self._init = compiled(self.program.init, 0, 0)
+        self._batches = compiled(self.program.draw, 0, 0, None)
         # Donation lets XLA update parameters and averages in place.
-        self._interval = jax.jit(
-            over_runs(self._train_interval, in_axes=(0, 0, 0, None)), donate_argnums=0
-        )
-        self._step = jax.jit(
-            over_runs(self._train_step, in_axes=(0, 0, 0, None, None)), donate_argnums=0
-        )
-        self._evaluate = jax.jit(
-            over_runs(self._evaluate_split, in_axes=(0, None, None)), static_argnums=2
-        )
-        self._evaluate_one = jax.jit(
-            over_runs(problem.evaluate, in_axes=(0, None, None, None)), static_argnums=2
-        )
+        self._interval = compiled(self.program.interval, 0, 0, 0, None, donate_argnums=0)
+        self._step = compiled(self.program.step, 0, 0, 0, None, None, donate_argnums=0)
+        self._evaluate = compiled(self.program.evaluate, 0, None, None, static_argnums=2)
+        self._evaluate_one = compiled(problem.evaluate, 0, None, None, None, static_argnums=2)
         self._width: int | None = None
 
     @property
@@ -155,9 +129,9 @@ class Trainer:
         scalar = jnp.zeros((), jnp.float32)
         seed = jnp.zeros((), jnp.uint32)
         values = dict.fromkeys(hyperparams, scalar)
-        state = jax.eval_shape(self._init_run, values, seed)
-        drawn = jax.eval_shape(self._draw_batches, state.step, seed, self.problem.data)
-        jax.eval_shape(self._train_interval, state, values, drawn, self.problem.data)
+        state = jax.eval_shape(self.program.init, values, seed)
+        drawn = jax.eval_shape(self.program.draw, state.step, seed, self.problem.data)
+        jax.eval_shape(self.program.interval, state, values, drawn, self.problem.data)
 
     def train(
         self,
@@ -203,7 +177,7 @@ class Trainer:
                 found = self._train_wave(chosen, steps, wave, report)
                 wave.finish(found)
             else:
-                _replay(found, self.eval_every, report)
+                checkpoint.replay(found, self.eval_every, report)
             seconds += wave.seconds
             records += found[: count - first]
         evaluations = np.arange(0, steps + 1, self.eval_every)
@@ -211,8 +185,6 @@ class Trainer:
         metrics = {name: np.array([[r[name] for r in run] for run in records]) for name in names}
         diverged_at = np.array([int(run[-1]["diverged_at"]) for run in records])
         return History(evaluations, metrics, diverged_at, seconds)
-
-    # One wave of runs, on the host ------------------------------------------------------------
 
     def _train_wave(
         self, runs: Runs, steps: int, wave: checkpoint.Wave, on_interval: OnInterval
@@ -224,7 +196,7 @@ class Trainer:
         records: checkpoint.Records = [[] for _ in np.atleast_1d(runs.seeds)]
         if interrupted := wave.load(state):
             state, records = interrupted
-            _replay(records, self.eval_every, on_interval)
+            checkpoint.replay(records, self.eval_every, on_interval)
         for step in range(len(records[0]) * self.eval_every, steps + 1, self.eval_every):
             if step:
                 state, train_loss = self._advance(state, hyperparams, seeds)
@@ -275,127 +247,3 @@ class Trainer:
                 sums = jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *parts)
             metrics |= {f"{split}_{k}": v / sums["count"] for k, v in sums.items() if k != "count"}
         return metrics
-
-    # One run, inside jit ----------------------------------------------------------------------
-
-    def _optimizer(self, hyperparams: Any) -> optax.GradientTransformationExtraArgs:
-        return self.features.optimizer(self.method, {**self.hyperparams, **hyperparams})
-
-    def _init_run(self, hyperparams: Any, seed: chex.Array) -> RunState:
-        init_key, _ = jax.random.split(jax.random.key(seed))
-        params = self.problem.init(init_key)
-        opt_state = self._optimizer(hyperparams).init(params)
-        zero = jnp.zeros((), jnp.int32)
-        return transforms.strongly_typed(
-            RunState(params, opt_state, zero, diverged_at=jnp.zeros_like(zero))
-        )
-
-    def _draw_batches(self, first_step: chex.Array, seed: chex.Array, data: Any) -> Any:
-        """What identifies the batches of an interval, and a key for each step that needs one."""
-        key = jax.random.key(seed)
-        _, batch_key = jax.random.split(key)
-        drawn = self.problem.batches(data, batch_key, first_step, self.eval_every)
-        keys = None
-        if self._samples_labels:
-            label_key = jax.random.fold_in(key, _LABELS)
-            steps = first_step + jnp.arange(self.eval_every)
-            keys = jax.vmap(lambda step: jax.random.fold_in(label_key, step))(steps)
-        return drawn, keys
-
-    def _train_interval(
-        self, state: RunState, hyperparams: Any, drawn: Any, data: Any
-    ) -> tuple[RunState, chex.Array]:
-        def step(state: RunState, one: Any) -> tuple[RunState, chex.Array]:
-            return self._update(state, hyperparams, one, data)
-
-        state, losses = jax.lax.scan(step, state, drawn)
-        return state, jnp.mean(losses)
-
-    def _train_step(
-        self, state: RunState, hyperparams: Any, drawn: Any, index: chex.Array, data: Any
-    ) -> tuple[RunState, chex.Array]:
-        one = jax.tree.map(lambda x: x[index], drawn)
-        return self._update(state, hyperparams, one, data)
-
-    def _update(
-        self, state: RunState, hyperparams: Any, one: Any, data: Any
-    ) -> tuple[RunState, chex.Array]:
-        drawn, key = one
-        value, grad, extra = self._oracles(state.params, self.problem.batch(data, drawn), key)
-        updates, opt_state = self._optimizer(hyperparams).update(
-            grad, state.opt_state, state.params, **extra
-        )
-        params = optax.apply_updates(state.params, updates)
-        step = state.step + 1
-        is_first = (state.diverged_at == 0) & ~jnp.isfinite(value)
-        diverged_at = jnp.where(is_first, step, state.diverged_at)
-        return transforms.strongly_typed(RunState(params, opt_state, step, diverged_at)), value
-
-    def _oracles(
-        self, params: Any, batch: Any, key: chex.PRNGKey | None
-    ) -> tuple[chex.Array, Any, dict[str, Any]]:
-        """Loss, gradient, and the extra arguments for the method."""
-        problem: Any = self.problem  # whose optional functions were looked for
-        variance = None
-        if "gradient_variance" in self._extras:
-            value, grad, variance = oracles.value_grad_and_variance(
-                problem.example_loss, params, batch, microbatch_size=self.microbatch_size
-            )
-        else:
-            value, grad = jax.value_and_grad(problem.loss)(params, batch)
-        builders: dict[str, Callable[[], Any]] = {
-            "value": lambda: value,
-            "grad": lambda: grad,
-            "gradient_variance": lambda: variance,
-            "value_fn": lambda: lambda p: problem.loss(p, batch),
-            "outputs_fn": lambda: lambda p: problem.outputs(p, batch),
-            "out_loss_fn": lambda: lambda z: problem.out_loss(z, batch),
-            "residual_fn": lambda: lambda p: problem.residuals(p, batch),
-            "kfac_stats": lambda: problem.layer_statistics(params, batch, key),
-            "per_example_grads": lambda: oracles.per_example_grads(
-                problem.example_loss, params, batch, microbatch_size=self.microbatch_size
-            ),
-        }
-        return value, grad, {name: builders[name]() for name in self._extras}
-
-    def _evaluate_split(self, params: Any, data: Any, split: str) -> dict[str, chex.Array]:
-        def one(index: chex.Array) -> dict[str, chex.Array]:
-            return self.problem.evaluate(params, data, split, index)
-
-        parts = jax.lax.map(one, jnp.arange(self.problem.splits[split]))
-        return {name: jnp.sum(values) for name, values in parts.items()}
-
-
-def _extras_for(problem: Problem, method: registry.Method) -> tuple[str, ...]:
-    """The extra arguments that the method is given.
-
-    Those that it needs, and if it is not a baseline (optax's line searches refuse what they do not
-    know) the functions that its options may ask for. Of two that a method takes either of, the one
-    that is cheaper to hold.
-
-    Raises:
-      ValueError: if the problem lacks something that the method needs.
-    """
-    needs = method.extras(has_layers=problem.layer_statistics is not None)
-    lacks = {name for name, field in _OPTIONAL.items() if getattr(problem, field) is None}
-    if missing := needs & lacks:
-        fields = ", ".join(_OPTIONAL[name] for name in sorted(missing))
-        raise ValueError(
-            f"{method.name} needs {', '.join(sorted(missing))}, which the problem {problem.name!r} "
-            f"does not have; accepted: a Problem with {fields}"
-        )
-    if method.family != "baselines":
-        needs |= {"value", "grad", "value_fn", "outputs_fn", "out_loss_fn"} - lacks
-    return tuple(sorted(needs))
-
-
-def _replay(records: checkpoint.Records, eval_every: int, on_interval: OnInterval) -> None:
-    """Reports what was measured before an interruption."""
-    for row, run in enumerate(records):
-        for index, record in enumerate(run):
-            on_interval(row, index * eval_every, record)
-
-
-def _not_vectorized(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
-    del in_axes
-    return function

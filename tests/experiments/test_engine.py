@@ -16,7 +16,7 @@ import pytest
 import optgrad
 from optgrad import registry
 from optgrad.core import layer_statistics, oracles
-from optgrad.experiments import data, engine, problems
+from optgrad.experiments import data, extras, problems
 from optgrad.experiments.engine import Runs, Trainer
 
 EVAL_EVERY = 5
@@ -231,7 +231,7 @@ def one_per_kind():
     kinds = {}
     for method in registry.methods():
         # Undamped Newton divides by the zero eigenvalues of a softmax: no two programs agree.
-        if method.needs <= engine.PROVIDED and method.name != "newton":
+        if method.needs <= extras.PROVIDED and method.name != "newton":
             kinds.setdefault((method.family, method.needs), method.name)
     return sorted({*kinds.values(), "adam", "m_svag", "adam_star"})
 
@@ -259,7 +259,7 @@ def test_vmap_and_map_agree(name):
     assert len(np.unique(losses[:, -1])) == 4  # the runs do differ
 
 
-@pytest.mark.parametrize("name", [m.name for m in registry.methods() if m.needs <= engine.PROVIDED])
+@pytest.mark.parametrize("name", [m.name for m in registry.methods() if m.needs <= extras.PROVIDED])
 def test_an_interval_keeps_the_types_of_the_state(name):
     """Weak types included: any that changes would compile the next interval again."""
     method = registry.get_method(name)
@@ -269,9 +269,9 @@ def test_an_interval_keeps_the_types_of_the_state(name):
         tuned = {method.tunes.hyperparameter: jnp.float32(hyperparams.pop(*method.tunes[:1]))}
     trainer = make_trainer(name, **hyperparams)
     seed, data = jnp.uint32(0), trainer.problem.data
-    before = jax.eval_shape(trainer._init_run, tuned, seed)
-    drawn = jax.eval_shape(trainer._draw_batches, before.step, seed, data)
-    after, _ = jax.eval_shape(trainer._train_interval, before, tuned, drawn, data)
+    before = jax.eval_shape(trainer.program.init, tuned, seed)
+    drawn = jax.eval_shape(trainer.program.draw, before.step, seed, data)
+    after, _ = jax.eval_shape(trainer.program.interval, before, tuned, drawn, data)
     assert jax.tree.structure(after) == jax.tree.structure(before)
     for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert (one.shape, one.dtype, one.weak_type) == (other.shape, other.dtype, other.weak_type)
@@ -279,7 +279,7 @@ def test_an_interval_keeps_the_types_of_the_state(name):
 
 def test_every_kind_of_extra_is_exercised():
     needed = set().union(*(registry.get_method(name).needs for name in one_per_kind()))
-    assert needed >= engine.PROVIDED
+    assert needed >= extras.PROVIDED
 
 
 def test_auto_maps_on_cpu():
@@ -458,11 +458,13 @@ def test_divergence_in_the_last_step_is_noticed():
 
 def extras_of(trainer, seed=3, step=0):
     """The extra arguments of one step, functions left out; and its parameters and batch."""
-    state = trainer._init_run({}, jnp.uint32(seed))
-    drawn, keys = trainer._draw_batches(jnp.int32(step), jnp.uint32(seed), trainer.problem.data)
+    state = trainer.program.init({}, jnp.uint32(seed))
+    drawn, keys = trainer.program.draw(jnp.int32(step), jnp.uint32(seed), trainer.problem.data)
     one = jax.tree.map(lambda x: x[0], drawn)
     batch = trainer.problem.batch(trainer.problem.data, one)
-    _, _, extra = trainer._oracles(state.params, batch, None if keys is None else keys[0])
+    _, _, extra = trainer.program.extras.build(
+        state.params, batch, None if keys is None else keys[0]
+    )
     return extra, state.params, batch
 
 

@@ -1,0 +1,116 @@
+"""One run, inside jit: its beginning, its batches, its steps and its evaluation."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optgrad import registry
+from optgrad.core import transforms
+from optgrad.experiments.extras import Extras
+from optgrad.experiments.features import Features
+from optgrad.experiments.problems import Problem
+
+_LABELS = 2  # folded into a run's key; its initialisation and batches have the two of its split
+
+
+class RunState(NamedTuple):
+    """Where one run stands; under vmap with a leading axis of runs."""
+
+    params: Any
+    opt_state: Any
+    step: chex.Array  # steps taken, int32 ()
+    diverged_at: chex.Array  # first step (from 1) whose loss was not finite, 0 if none, int32 ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """What a run of one optimizer on one problem computes; pure functions, to be jitted.
+
+    Everything random is a function of (seed, step) alone.
+
+    Attributes:
+      problem: what to train on.
+      method: the optimizer's record.
+      hyperparams: fixed hyperparameters; those of a run come on top, traced.
+      eval_every: steps of an interval.
+      features: what surrounds the method.
+      extras: what its update is given.
+    """
+
+    problem: Problem
+    method: registry.Method
+    hyperparams: Mapping[str, Any]
+    eval_every: int
+    features: Features
+    extras: Extras
+
+    def init(self, hyperparams: Any, seed: chex.Array) -> RunState:
+        """The state before the first step."""
+        init_key, _ = jax.random.split(jax.random.key(seed))
+        params = self.problem.init(init_key)
+        opt_state = self._optimizer(hyperparams).init(params)
+        zero = jnp.zeros((), jnp.int32)
+        return transforms.strongly_typed(
+            RunState(params, opt_state, zero, diverged_at=jnp.zeros_like(zero))
+        )
+
+    def draw(self, first_step: chex.Array, seed: chex.Array, data: Any) -> Any:
+        """What identifies the batches of an interval, and a key for each step that needs one."""
+        key = jax.random.key(seed)
+        _, batch_key = jax.random.split(key)
+        drawn = self.problem.batches(data, batch_key, first_step, self.eval_every)
+        keys = None
+        if self.extras.samples_labels:
+            label_key = jax.random.fold_in(key, _LABELS)
+            steps = first_step + jnp.arange(self.eval_every)
+            keys = jax.vmap(lambda step: jax.random.fold_in(label_key, step))(steps)
+        return drawn, keys
+
+    def interval(
+        self, state: RunState, hyperparams: Any, drawn: Any, data: Any
+    ) -> tuple[RunState, chex.Array]:
+        """All steps of an interval, and their mean loss."""
+
+        def step(state: RunState, one: Any) -> tuple[RunState, chex.Array]:
+            return self._update(state, hyperparams, one, data)
+
+        state, losses = jax.lax.scan(step, state, drawn)
+        return state, jnp.mean(losses)
+
+    def step(
+        self, state: RunState, hyperparams: Any, drawn: Any, index: chex.Array, data: Any
+    ) -> tuple[RunState, chex.Array]:
+        """One step of an interval, and its loss."""
+        one = jax.tree.map(lambda x: x[index], drawn)
+        return self._update(state, hyperparams, one, data)
+
+    def evaluate(self, params: Any, data: Any, split: str) -> dict[str, chex.Array]:
+        """Sums of the metrics over a split."""
+
+        def one(index: chex.Array) -> dict[str, chex.Array]:
+            return self.problem.evaluate(params, data, split, index)
+
+        parts = jax.lax.map(one, jnp.arange(self.problem.splits[split]))
+        return {name: jnp.sum(values) for name, values in parts.items()}
+
+    def _update(
+        self, state: RunState, hyperparams: Any, one: Any, data: Any
+    ) -> tuple[RunState, chex.Array]:
+        drawn, key = one
+        value, grad, extra = self.extras.build(state.params, self.problem.batch(data, drawn), key)
+        updates, opt_state = self._optimizer(hyperparams).update(
+            grad, state.opt_state, state.params, **extra
+        )
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        is_first = (state.diverged_at == 0) & ~jnp.isfinite(value)
+        diverged_at = jnp.where(is_first, step, state.diverged_at)
+        return transforms.strongly_typed(RunState(params, opt_state, step, diverged_at)), value
+
+    def _optimizer(self, hyperparams: Any) -> optax.GradientTransformationExtraArgs:
+        return self.features.optimizer(self.method, {**self.hyperparams, **hyperparams})

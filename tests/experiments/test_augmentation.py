@@ -11,6 +11,8 @@ import pytest
 from optgrad.experiments import augmentation, data, problems
 from optgrad.experiments.augmentation import distort_colours, turn_hue
 
+pytestmark = pytest.mark.slow  # together a minute, in CI's slow stage
+
 LUMA = np.array([0.299, 0.587, 0.114])
 COUNT = 300
 DISTORT = jax.jit(distort_colours)

@@ -15,6 +15,8 @@ from optgrad.experiments import data, models, problems
 from optgrad.experiments.classification import Batch, DropoutBatch
 from optgrad.experiments.engine import Runs, Trainer
 
+pytestmark = pytest.mark.slow  # together a minute, in CI's slow stage
+
 CLASSES = 4
 
 

@@ -20,6 +20,8 @@ from optgrad.experiments.reproduce import dissecting_signs as signs
 from optgrad.experiments.reproduce import dissecting_training as training
 from optgrad.experiments.reproduce.planning_runs import double_precision
 
+pytestmark = pytest.mark.slow  # together a minute, in CI's slow stage
+
 
 def both_positive(h, k, correlation):
     """P[X > 0, Y > 0] by SciPy: the distribution function of (−X, −Y) at 0."""

@@ -186,10 +186,10 @@ def test_eight_rates_times_three_seeds_cost_one_compilation(vectorize):
     runs = make_runs(np.geomspace(1e-3, 1.0, 8), range(3))
     with compiled_functions() as names:
         history = trainer.train(runs, 4 * EVAL_EVERY)
-    assert names.count("_train_interval") == 1, names
-    assert "_train_step" not in names
+    assert names.count("interval") == 1, names
+    assert "step" not in names
     assert trainer.compilations == 1
-    for other in ("_init_run", "_draw_batches", "_evaluate_split"):
+    for other in ("init", "draw", "evaluate"):
         assert names.count(other) == 1, (other, names)
     assert {len(v) for v in history.metrics.values()} == {24}
 
@@ -208,7 +208,7 @@ def test_the_count_of_compilations_can_fail():
     trainer._width = None  # a second, wider program
     with compiled_functions() as names:
         trainer.train(make_runs([0.1, 0.2], [0]), EVAL_EVERY)
-    assert names.count("_train_interval") == 1
+    assert names.count("interval") == 1
     assert trainer.compilations == 2
 
 
@@ -218,8 +218,8 @@ def test_host_stepped_runs_cost_one_compilation(vectorize):
     assert not trainer.scans
     with compiled_functions() as names:
         trainer.train(make_runs([0.1, 0.2], range(2)), 2 * EVAL_EVERY)
-    assert names.count("_train_step") == 1
-    assert "_train_interval" not in names
+    assert names.count("step") == 1
+    assert "interval" not in names
     assert trainer.compilations == 1
 
 
@@ -521,7 +521,7 @@ def test_sampled_labels_are_those_of_seed_and_step(digits):
     draws = {
         (every, seed, step): jax.random.key_data(
             make_trainer("kfac", digits, eval_every=every)
-            ._draw_batches(jnp.int32(step), jnp.uint32(seed), digits.data)[1]
+            .program.draw(jnp.int32(step), jnp.uint32(seed), digits.data)[1]
         )
         for every, seed, step in ((4, 0, 0), (2, 0, 2), (4, 1, 0))
     }  # fmt: skip
@@ -531,7 +531,7 @@ def test_sampled_labels_are_those_of_seed_and_step(digits):
     found = [extras_of(trainer, step=step)[0]["kfac_stats"]["layers/1"] for step in (0, 0, 1)]
     np.testing.assert_array_equal(found[0].gradients, found[1].gradients)
     assert (np.asarray(found[0].gradients) != found[2].gradients).any()
-    assert make_trainer("hessian_free", digits)._draw_batches(
+    assert make_trainer("hessian_free", digits).program.draw(
         jnp.int32(0), jnp.uint32(0), digits.data
     )[1] is None  # fmt: skip
 

@@ -16,6 +16,8 @@ from optgrad.experiments.engine import Runs, Trainer
 from optgrad.experiments.features import Features, with_average, with_weight_decay
 from optgrad.experiments.schedules import ScheduleConfig
 
+pytestmark = pytest.mark.slow  # together a minute, in CI's slow stage
+
 STEPS = 8
 
 

@@ -21,6 +21,8 @@ from optgrad.experiments import (
 )
 from optgrad.experiments.engine import Runs, Trainer
 
+pytestmark = pytest.mark.slow  # together a minute, in CI's slow stage
+
 KEY = jax.random.key(3)
 
 

@@ -198,8 +198,6 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     assert run.returncode == 2
     assert "checkpoint in results.partial: " in run.stderr
     assert "optgrad resume results" in run.stderr
-    # orbax logs a traceback of its own before; the command's last words are these.
-    assert "optgrad: checkpoint in" in run.stderr[run.stderr.rindex("Traceback") :]
     assert not (tmp_path / "results").exists()
     run = as_user(tmp_path, "resume", "results")
     assert run.returncode == 0, run.stderr

@@ -87,6 +87,7 @@ def softmax_regression(has_convolutions=False):
         out_loss=lambda z, batch: jnp.mean(
             optax.softmax_cross_entropy_with_integer_labels(z, batch["y"])
         ),
+        residuals=lambda params, batch: apply(params, batch["x"]) - jax.nn.one_hot(batch["y"], 3),
         layer_statistics=lambda params, batch, key: layer_statistics.layer_statistics(
             apply,
             params,

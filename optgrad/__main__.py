@@ -1,6 +1,7 @@
 """The command ``optgrad``; ``python -m optgrad`` is the same."""
 
 import importlib
+import logging
 import sys
 
 
@@ -15,6 +16,9 @@ def main() -> None:
             f"optgrad: the command line needs {error.name}, which is not installed; "
             'install it with: pip install "optgrad[experiments]"'
         )
+    # Of a failed write, orbax' threads log tracebacks before the error comes that says it.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     importlib.import_module("optgrad.experiments.compilation").cache_on_disk()
     cli.app()
 

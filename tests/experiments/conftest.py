@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from optgrad.experiments import cli
 
 try:
     import fcntl
@@ -19,6 +23,37 @@ HOW_TO_GET = (
     "set OPTGRAD_DATA_DIR to a folder that holds mnist/, cifar-10-batches-bin/ and "
     f"cifar-100-binary/, or provide {SHARED_DATA / 'unpack.py'}, which writes them"
 )
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a command in this process; returns the exit code and all that was printed."""
+
+    def invoke(*arguments, width=160):
+        monkeypatch.setattr(cli, "console", Console(width=width))
+        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=width))
+        result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception  # a user would see a traceback
+        return result.exit_code, result.output
+
+    return invoke
+
+
+@pytest.fixture(scope="session")
+def as_user():
+    """Runs ``optgrad`` in a process of its own; the prelude is code that goes before."""
+
+    def start(*arguments, cwd=None, prelude=""):
+        code = f"import sys\n{prelude}\nfrom optgrad.__main__ import main\nsys.exit(main())"
+        how = ["-c", code] if prelude else ["-m", "optgrad"]
+        return subprocess.run(
+            [sys.executable, *how, *map(str, arguments)],
+            capture_output=True, text=True, encoding="utf-8", cwd=cwd, check=False,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "120"},
+        )  # fmt: skip
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -171,15 +170,6 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def as_user(tmp_path, *arguments, prelude=""):
-    code = f"import sys\n{prelude}\nfrom optgrad.__main__ import main\nsys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-        env={**os.environ, "COLUMNS": "120"},
-    )  # fmt: skip
-
-
 FULL_DISK = """
 import optgrad.experiments.checkpoint as c, resource
 first = c.Journal.save
@@ -192,14 +182,15 @@ c.Journal.save = save
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of file sizes there")
-def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, as_user):
     """No file can grow any more from the second checkpoint on; then there is room again."""
-    run = as_user(tmp_path, *COMMAND, "--output", "results", prelude=FULL_DISK)
+    run = as_user(*COMMAND, "--output", "results", cwd=tmp_path, prelude=FULL_DISK)
     assert run.returncode == 2
     assert "checkpoint in results.partial: " in run.stderr
     assert "optgrad resume results" in run.stderr
+    assert "ERROR:" not in run.stderr  # of orbax; tensorstore's threads cannot be silenced
     assert not (tmp_path / "results").exists()
-    run = as_user(tmp_path, "resume", "results")
+    run = as_user("resume", "results", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "results" / "summary.csv").exists()
     assert [x.name for x in tmp_path.iterdir()] == ["results"]
@@ -221,7 +212,7 @@ def test_refusals_on_the_command_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_resume_warns_of_another_environment(tmp_path):
+def test_resume_warns_of_another_environment(tmp_path, as_user):
     tiny = {"optimizers": ["adam"], "steps": 4, "seeds": 1, "tuning.rates": [0.01]}
     settings = config_lib.load_config(overrides=tiny)
     given = {
@@ -230,7 +221,7 @@ def test_resume_warns_of_another_environment(tmp_path):
     }
     with checkpoint.begin(tmp_path / "results", given):
         pass
-    run = as_user(tmp_path, "resume", "results.partial")
+    run = as_user("resume", "results.partial", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "jax was 0.0.1 and is" in run.stderr
     assert (tmp_path / "results" / "summary.csv").exists()

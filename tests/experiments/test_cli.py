@@ -1,8 +1,8 @@
 """The command line, as a user meets it: what it prints, writes and refuses."""
 
 import csv
+import functools
 import io
-import os
 import re
 import subprocess
 import sys
@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 import optgrad
 from optgrad import registry
@@ -25,18 +24,9 @@ TINY = [
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Runs a command in this process; returns the exit code and all that was printed."""
-
-    def invoke(*arguments, width=120):
-        monkeypatch.setattr(cli, "console", Console(width=width))
-        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=width))
-        result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception  # a user would see a traceback
-        return result.exit_code, result.output
-
-    return invoke
+def run(run):
+    """As it is, in a terminal of the usual width."""
+    return functools.partial(run, width=120)
 
 
 @pytest.fixture
@@ -47,15 +37,6 @@ def no_training(monkeypatch):
         pytest.fail("training began")
 
     monkeypatch.setattr(compare_lib, "run_comparison", fail)
-
-
-def as_user(*arguments, cwd=None):
-    """Runs ``python -m optgrad`` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "optgrad", *map(str, arguments)],
-        capture_output=True, text=True, encoding="utf-8", cwd=cwd, check=False,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "120"},
-    )  # fmt: skip
 
 
 # list, show -----------------------------------------------------------------------------------
@@ -130,7 +111,7 @@ def test_show_works_for_every_method(run, method):
         assert argument in output
 
 
-def test_show_with_an_unknown_name_suggests_the_nearest():
+def test_show_with_an_unknown_name_suggests_the_nearest(as_user):
     """In a process of its own: exit status and streams are what a script sees."""
     result = as_user("show", "m_svga")
     assert result.returncode == 2
@@ -153,7 +134,7 @@ def test_no_arguments_give_help(run):
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def compared(tmp_path_factory, as_user):
     """A small comparison by a user's command, in the folder ``here``."""
     here = tmp_path_factory.mktemp("user")
     result = as_user("compare", *TINY, "--output", "out", cwd=here)

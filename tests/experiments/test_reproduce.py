@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from rich.console import Console
-from typer.testing import CliRunner
 
 import optgrad
-from optgrad.experiments import cli, reproduce
+from optgrad.experiments import reproduce
 from optgrad.experiments.reproduce import digits_network, online_parabola, online_parabola_network
 from optgrad.experiments.reproduce import report as report_lib
 
@@ -32,21 +30,6 @@ COLUMNS = {
         "tenth_eigenvalue", "loss",
     ],
 }  # fmt: skip
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Runs a command in this process; returns the exit code and all that was printed."""
-
-    def invoke(*arguments):
-        monkeypatch.setattr(cli, "console", Console(width=160))
-        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=160))
-        result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.output
-
-    return invoke
 
 
 # Every figure ---------------------------------------------------------------------------------

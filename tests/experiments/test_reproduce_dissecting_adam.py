@@ -5,10 +5,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from rich.console import Console
-from typer.testing import CliRunner
 
-from optgrad.experiments import cli, compare, data, engine, reproduce, tuning
+from optgrad.experiments import compare, data, engine, reproduce, tuning
 from optgrad.experiments.config import OptimizerConfig
 from optgrad.experiments.reproduce import dissecting_networks as networks
 from optgrad.experiments.reproduce import dissecting_scales as scales
@@ -51,21 +49,6 @@ def nothing_is_kept(monkeypatch):
     training.load_problem.cache_clear()
     yield
     training.load_problem.cache_clear()
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Runs a command in this process; returns the exit code and all that was printed."""
-
-    def invoke(*arguments):
-        monkeypatch.setattr(cli, "console", Console(width=160))
-        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=160))
-        result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.output
-
-    return invoke
 
 
 # Every figure, through the command --------------------------------------------------------------

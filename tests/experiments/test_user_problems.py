@@ -2,10 +2,8 @@
 
 import csv
 import dataclasses
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -309,16 +307,8 @@ def test_the_live_view_shows_the_smallest_loss(monkeypatch):
 # As a user ------------------------------------------------------------------------------------
 
 
-def as_user(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "optgrad", *map(str, arguments)],
-        capture_output=True, text=True, encoding="utf-8", cwd=cwd, check=False,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "120"},
-    )  # fmt: skip
-
-
 @pytest.mark.slow
-def test_compare_on_a_users_file_from_anywhere(write, tmp_path, monkeypatch):
+def test_compare_on_a_users_file_from_anywhere(write, tmp_path, monkeypatch, as_user):
     """The guide's file and command; then the report's command in the results folder alone."""
     write(VALLEY, "valley.py")
     result = as_user(

@@ -187,23 +187,25 @@ def _run_one(
     return Outcome(optimizer, tuned, trainer.compilations, seconds, compiling)
 
 
-def _finals(outcome: Outcome, score: Score) -> dict[int, float]:
-    """Seed -> the score after the last step of the final runs; NaN of one that diverged."""
-    final = outcome.tuned.final
-    if final is None:
-        return {}
-    values = np.where(
-        final.history.diverged_at == 0, final.history.metrics[score.name][:, -1], np.nan
-    )
-    return {int(seed): float(v) for seed, v in zip(final.seeds, values, strict=True)}
+def final_values(outcome: Outcome, name: str) -> np.ndarray:
+    """A metric after the last step by seed; NaN where the run diverged, empty without runs."""
+    if outcome.tuned.final is None:
+        return np.empty(0)
+    return np.asarray(outcome.tuned.final.history.metrics[name][:, -1])
 
 
 def final_metric(outcome: Outcome, name: str) -> np.ndarray:
     """The metric after the last step, of the final runs that did not diverge."""
+    values = final_values(outcome, name)
+    return np.asarray(values[np.isfinite(values)])
+
+
+def _finals(outcome: Outcome, score: Score) -> dict[int, float]:
+    """Seed -> the score after the last step of the final runs; NaN of one that diverged."""
     final = outcome.tuned.final
-    if final is None:
-        return np.empty(0)
-    return np.asarray(final.history.metrics[name][final.history.diverged_at == 0, -1])
+    seeds = np.empty(0) if final is None else final.seeds
+    values = final_values(outcome, score.name)
+    return {int(seed): float(v) for seed, v in zip(seeds, values, strict=True)}
 
 
 def _summary(outcome: Outcome, target: float, score: Score) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import optax
 
 from optgrad.core import checks
 from optgrad.experiments import functions, landscapes
-from optgrad.experiments.problems import Problem
+from optgrad.experiments.problems import Problem, step_keys
 from optgrad.experiments.scores import LOSS, Score
 
 EXCESS = Score("excess", is_exact=True)
@@ -122,8 +122,7 @@ def keys_of_steps(
     data: Any, key: chex.PRNGKey, first_step: chex.Numeric, num_steps: int
 ) -> chex.PRNGKey:
     """A key for each step, by key and step alone: `Problem.batches` where examples are fresh."""
-    steps = first_step + jnp.arange(num_steps)
-    return jax.vmap(lambda step: jax.random.fold_in(key, step))(steps)
+    return step_keys(key, first_step + jnp.arange(num_steps))
 
 
 def _mean(batch: Any) -> Any:

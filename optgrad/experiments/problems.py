@@ -150,7 +150,7 @@ def image_classification(
         order_key, augment_key = jax.random.split(key)
         steps = first_step + jnp.arange(num_steps)
         indices = epoch_indices(order_key, steps, num_steps, count, batch_size)
-        return indices, jax.vmap(lambda step: jax.random.fold_in(augment_key, step))(steps)
+        return indices, step_keys(augment_key, steps)
 
     def batch(data: Any, drawn: tuple[chex.Array, chex.PRNGKey]) -> AnyBatch:
         indices, key = drawn
@@ -194,6 +194,11 @@ def image_classification(
         out_loss=classifier.out_loss,
         layer_statistics=classifier.layer_statistics,
     )
+
+
+def step_keys(key: chex.PRNGKey, steps: chex.Array) -> chex.PRNGKey:
+    """A key for each step, shape (steps,): a function of the run's key and the step alone."""
+    return jax.vmap(lambda step: jax.random.fold_in(key, step))(steps)
 
 
 def epoch_indices(

@@ -13,7 +13,7 @@ from optgrad import registry
 from optgrad.core import transforms
 from optgrad.experiments.extras import Extras
 from optgrad.experiments.features import Features
-from optgrad.experiments.problems import Problem
+from optgrad.experiments.problems import Problem, step_keys
 
 _LABELS = 2  # folded into a run's key; its initialisation and batches have the two of its split
 
@@ -67,8 +67,7 @@ class Program:
         keys = None
         if self.extras.samples_labels:
             label_key = jax.random.fold_in(key, _LABELS)
-            steps = first_step + jnp.arange(self.eval_every)
-            keys = jax.vmap(lambda step: jax.random.fold_in(label_key, step))(steps)
+            keys = step_keys(label_key, first_step + jnp.arange(self.eval_every))
         return drawn, keys
 
     def interval(

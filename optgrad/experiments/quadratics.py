@@ -127,9 +127,13 @@ def hessian_factor(
     roots = np.sqrt(eigenvalues(dimension, spectrum, generator))
     if not rotated:
         return np.diag(roots)
+    return np.asarray(roots[:, None] * random_rotation(dimension, generator).T)
+
+
+def random_rotation(dimension: int, generator: np.random.Generator) -> npt.NDArray[np.float64]:
+    """A matrix that is uniformly distributed over the orthogonal ones (Haar), shape (d, d)."""
     q, r = np.linalg.qr(generator.normal(size=(dimension, dimension)))
-    rotation = q * np.sign(np.diag(r))  # without it, QR's signs are not uniform
-    return np.asarray(roots[:, None] * rotation.T)
+    return np.asarray(q * np.sign(np.diag(r)))  # without it, QR's signs are not uniform
 
 
 def eigenvalues(

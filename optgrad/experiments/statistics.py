@@ -84,6 +84,24 @@ def median_interval(values: npt.ArrayLike, level: float = LEVEL) -> tuple[float,
     return float(low), float(high)
 
 
+def mean_interval(values: npt.ArrayLike) -> tuple[float, float, float]:
+    """Mean, its standard error, and the half-width of its 95 % interval by Student's t.
+
+    Args:
+      values: finite numbers; of one the mean alone is known, of none nothing: NaN.
+
+    Examples:
+      >>> mean_interval([2.0, 2.0, 2.0])
+      (2.0, 0.0, 0.0)
+    """
+    values = np.asarray(values, float)
+    mean = float(np.mean(values)) if values.size else math.nan
+    if values.size < 2:
+        return mean, math.nan, math.nan
+    error = float(np.std(values, ddof=1)) / math.sqrt(values.size)
+    return mean, error, error * float(stats.t.ppf(0.5 + LEVEL / 2.0, values.size - 1))
+
+
 def ranking(finals: Finals, *, larger_is_better: bool) -> Ranking:
     """Orders optimizers by the mean of their final runs, and says who is told apart; see `RULE`.
 
@@ -146,13 +164,11 @@ def _difference(
     both = sorted(best.keys() & other.keys())
     pairs = np.array([sign * (best[seed] - other[seed]) for seed in both], float)
     pairs = pairs[np.isfinite(pairs)]
-    mean = float(np.mean(pairs)) if pairs.size else math.nan
+    mean, error, margin = mean_interval(pairs)
     if pairs.size < MIN_SEEDS:
         return Difference(label, pairs.size, mean, math.nan, math.nan, 1.0)
-    error = float(np.std(pairs, ddof=1)) / math.sqrt(pairs.size)
-    half = error * float(stats.t.ppf(0.5 + LEVEL / 2.0, pairs.size - 1))
     if error == 0.0:
         p = float(mean == 0.0)
     else:
         p = 2.0 * float(stats.t.sf(abs(mean) / error, pairs.size - 1))
-    return Difference(label, pairs.size, mean, mean - half, mean + half, p)
+    return Difference(label, pairs.size, mean, mean - margin, mean + margin, p)

@@ -137,7 +137,7 @@ def test_step_size_is_optimal_in_simulation(method):
 
 def test_closed_forms_agree_with_simulation():
     with double_precision():
-        drawn = quadratics.quadratics("well-conditioned", "rotated", 6, 3)
+        drawn = quadratics.random_problems("well-conditioned", "rotated", 6, 3)
         found = quadratics.improvements(drawn, 0.5, 5000)
     for method in ("sgd", "ssd"):
         off = np.abs(found[f"{method}_simulated"] - found[method])
@@ -151,7 +151,7 @@ def test_closed_forms_agree_with_simulation():
 
 @pytest.mark.parametrize("spectrum", quadratics.SPECTRA)
 def test_both_bases_of_a_seed_have_one_spectrum_and_one_start_value(spectrum):
-    rotated, aligned = (quadratics.quadratics(spectrum, b, 20, 2) for b in quadratics.BASES)
+    rotated, aligned = (quadratics.random_problems(spectrum, b, 20, 2) for b in quadratics.BASES)
     np.testing.assert_array_equal(rotated.eigenvalues, aligned.eigenvalues)
     for one, other in zip(rotated.matrix, aligned.matrix, strict=True):
         np.testing.assert_allclose(one, one.T, atol=1e-12)
@@ -168,7 +168,7 @@ def test_both_bases_of_a_seed_have_one_spectrum_and_one_start_value(spectrum):
 @pytest.mark.parametrize(("basis", "noise"), [("rotated", 0.5), ("axis-aligned", 0.5),
                                               ("rotated", 0.0)])  # fmt: skip
 def test_runs_follow_a_transcription(basis, noise):
-    drawn = quadratics.quadratics("well-conditioned", basis, 4, 2)
+    drawn = quadratics.random_problems("well-conditioned", basis, 4, 2)
     with double_precision():
         found = quadratics.descend(drawn, noise, 4, diagonal=basis == "axis-aligned")
         keys = [jax.random.fold_in(jax.random.key(1), t) for t in range(4)]

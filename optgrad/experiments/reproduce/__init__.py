@@ -155,6 +155,13 @@ def get_reproduction(name: str) -> Reproduction:
     return found
 
 
+def skipped_picture(reason: str) -> Figure:
+    """Stands for a figure that could not be made."""
+    figure = Figure(figsize=(6, 1.2))
+    figure.text(0.5, 0.5, f"skipped: {reason}", ha="center", va="center")
+    return figure
+
+
 def ratio_verdict(measured: float, reference: float, factor: float) -> str:
     """Whether two positive numbers agree within a factor, and by how much they differ.
 

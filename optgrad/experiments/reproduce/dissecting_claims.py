@@ -3,17 +3,17 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
+
+from optgrad.experiments import statistics
 
 UNDECIDED = "cannot be judged at this scale"
-LEVEL = 0.95
 
 
 class Difference(NamedTuple):
     """Mean of paired differences with the half-width of its confidence interval."""
 
     mean: float
-    margin: float  # Student's t quantile times the standard error; NaN for fewer than two pairs
+    margin: float  # of `statistics.mean_interval`; NaN for fewer than two pairs
     pairs: int
 
     @property
@@ -47,12 +47,8 @@ def difference(first: Any, second: Any) -> Difference:
     """
     values = np.asarray(first, float) - np.asarray(second, float)
     values = values[np.isfinite(values)]
-    count = len(values)
-    if count < 2:
-        return Difference(float(values.mean()) if count else np.nan, np.nan, count)
-    error = values.std(ddof=1) / np.sqrt(count)
-    quantile = scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1)
-    return Difference(float(values.mean()), float(quantile * error), count)
+    mean, _, margin = statistics.mean_interval(values)
+    return Difference(mean, margin, len(values))
 
 
 def is_above(found: Difference, bound: float = 0.0) -> str:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from optgrad.experiments import compare, data, plots
-from optgrad.experiments.reproduce import Finding, Progress, Result, Settings
+from optgrad.experiments.reproduce import Finding, Progress, Result, Settings, skipped_picture
 from optgrad.experiments.reproduce import dissecting_training as training
 from optgrad.experiments.reproduce import dissecting_verdicts as verdicts
 from optgrad.experiments.reproduce.dissecting_scales import Network, scale_of
@@ -165,9 +165,9 @@ def _table(
                 network.title.split(",")[0],
                 training.LABELS[method],
                 rate + (" (edge)" if best is not None and found.tuned.at_edge else ""),
-                training.mean_sd(training.final(found, "test_accuracy"), 100, 2),
-                training.mean_sd(training.final(found, "test_loss"), 1, 4),
-                training.mean_sd(training.final(found, "train_loss"), 1, 4),
+                training.mean_sd(compare.final_values(found, "test_accuracy"), 100, 2),
+                training.mean_sd(compare.final_values(found, "test_loss"), 1, 4),
+                training.mean_sd(compare.final_values(found, "train_loss"), 1, 4),
                 f"{steps / found.seconds:.0f}",
             ])  # fmt: skip
     return header, rows
@@ -194,9 +194,7 @@ def _rows(outcomes: Outcomes) -> list[dict[str, Any]]:
 
 def _draw(networks: Mapping[str, Network], methods: Sequence[str], outcomes: Outcomes) -> Figure:
     if not networks:
-        figure = Figure(figsize=(6, 1.2))
-        figure.text(0.5, 0.5, "skipped: the data is not at hand", ha="center", va="center")
-        return figure
+        return skipped_picture("the data is not at hand")
     figure = Figure(figsize=(3.9 * len(networks) + 0.4, 7.5))
     axes = figure.subplots(3, len(networks), squeeze=False, sharex="col")
     for column, (name, network) in enumerate(networks.items()):

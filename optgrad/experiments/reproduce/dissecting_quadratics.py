@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from optgrad.experiments import quadratics
 from optgrad.experiments.reproduce import dissecting_signs as signs
 
 Array = npt.NDArray[Any]
-SPECTRA = ("well-conditioned", "ill-conditioned")
+SPECTRA = {"well-conditioned": "uniform", "ill-conditioned": "clustered"}
 BASES = ("rotated", "axis-aligned")
 NOISES = (0.0, 0.1, 4.0)
 METHODS = ("SGD", "SSD")
@@ -25,7 +26,7 @@ class Quadratics(NamedTuple):
     eigenvalues: Array  # (S, d)
 
 
-def quadratics(spectrum: str, basis: str, dimension: int, seeds: int) -> Quadratics:
+def random_problems(spectrum: str, basis: str, dimension: int, seeds: int) -> Quadratics:
     """Random problems; both bases of a seed have the same eigenvalues and L(θ₀)."""
     drawn = [_quadratic(spectrum, basis, dimension, seed) for seed in range(seeds)]
     return Quadratics(*(np.stack(column) for column in zip(*drawn, strict=True)))
@@ -34,17 +35,10 @@ def quadratics(spectrum: str, basis: str, dimension: int, seeds: int) -> Quadrat
 def _quadratic(spectrum: str, basis: str, dimension: int, seed: int) -> tuple[Array, Array, Array]:
     generator = np.random.default_rng(seed)
     start = generator.standard_normal(dimension)
-    many = dimension - dimension // 10
-    if spectrum == "well-conditioned":
-        eigenvalues = generator.uniform(0.1, 1.1, dimension)
-    else:
-        large = generator.uniform(30, 60, dimension - many)
-        eigenvalues = np.concatenate([generator.uniform(0, 1, many), large])
+    eigenvalues = quadratics.eigenvalues(dimension, SPECTRA[spectrum], generator)
     if basis == "axis-aligned":
         return np.diag(eigenvalues), start, eigenvalues
-    # The signs make the orthogonal factor uniform (Haar) whatever the QR algorithm.
-    vectors, triangle = np.linalg.qr(generator.standard_normal((dimension, dimension)))
-    vectors = vectors * np.sign(np.diag(triangle))
+    vectors = quadratics.random_rotation(dimension, generator)
     return (vectors * eigenvalues) @ vectors.T, vectors @ start, eigenvalues
 
 

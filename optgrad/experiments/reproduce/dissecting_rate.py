@@ -37,7 +37,7 @@ class Setting(NamedTuple):
 
 def setting(dimension: int, basis: str = "axis-aligned") -> Setting:
     """The well-conditioned problem of figure 2."""
-    drawn = quadratics.quadratics("well-conditioned", basis, dimension, 1)
+    drawn = quadratics.random_problems("well-conditioned", basis, dimension, 1)
     matrix, eigenvalues = drawn.matrix[0], drawn.eigenvalues[0]
     variance = NOISE**2 * np.sum(matrix**2, axis=-1)
     return Setting(

@@ -132,13 +132,6 @@ def _counter(progress: Progress, expected: int) -> Callable[..., None]:
 # What is read from an outcome -------------------------------------------------------------------
 
 
-def final(found: compare.Outcome, metric: str) -> Array:
-    """A metric after the last step by seed; NaN where the run diverged, empty without runs."""
-    if found.tuned.final is None:
-        return np.empty(0)
-    return np.asarray(found.tuned.final.history.metrics[metric][:, -1])
-
-
 def early_loss(found: compare.Outcome) -> Array:
     """Mean training loss over the first third of the steps, by seed."""
     if found.tuned.final is None:

@@ -39,13 +39,14 @@ class Pair(NamedTuple):
 def pair(outcomes: Outcomes, name: str, first: str, second: str) -> Pair:
     """Compares two methods on a test problem, seed by seed."""
     one, other = outcomes[name, first], outcomes[name, second]
-    losses = [training.final(found, "train_loss") for found in (one, other)]
+    accuracies = [compare.final_values(found, "test_accuracy") for found in (one, other)]
+    losses = [compare.final_values(found, "train_loss") for found in (one, other)]
     kept = np.concatenate(losses)[np.isfinite(np.concatenate(losses))]
     return Pair(
         first,
         second,
         _difference(losses[1], losses[0]),
-        _difference(training.final(one, "test_accuracy"), training.final(other, "test_accuracy")),
+        _difference(*accuracies),
         float(kept.mean()) if len(kept) else np.nan,
     )
 
@@ -164,7 +165,7 @@ def _stability(outcomes: Outcomes) -> Finding:
     """Variances of Adam's and M-SGD's final accuracy, by an F test."""
     spreads = {}
     for method in ("adam", "momentum"):
-        values = training.final(outcomes["cifar100", method], "test_accuracy")
+        values = compare.final_values(outcomes["cifar100", method], "test_accuracy")
         values = values[np.isfinite(values)]
         spreads[method] = (values.std(ddof=1) if len(values) > 1 else np.nan, len(values))
     (adam, n), (momentum, m) = spreads["adam"], spreads["momentum"]

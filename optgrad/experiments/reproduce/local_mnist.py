@@ -1,10 +1,9 @@
 """MNIST for reproductions: taken where it is at hand, never downloaded; else a section says so."""
 
 import matplotlib as mpl
-from matplotlib.figure import Figure
 
 from optgrad.experiments import data, plots
-from optgrad.experiments.reproduce import Finding, Result, Settings
+from optgrad.experiments.reproduce import Finding, Result, Settings, skipped_picture
 
 
 def load(settings: Settings) -> data.Dataset:
@@ -19,8 +18,7 @@ def load(settings: Settings) -> data.Dataset:
 def skipped(title: str, error: Exception) -> Result:
     """The section of a report without the data."""
     with mpl.rc_context(plots.STYLE):
-        figure = Figure(figsize=(6, 1.2))
-        figure.text(0.5, 0.5, "skipped: MNIST is not at hand", ha="center", va="center")
+        figure = skipped_picture("MNIST is not at hand")
     first = str(error).splitlines()[0]
     return Result(
         title=title,

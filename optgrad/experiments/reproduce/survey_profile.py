@@ -19,7 +19,14 @@ import scipy.optimize
 import optgrad
 from optgrad.core import oracles
 from optgrad.experiments import plots
-from optgrad.experiments.reproduce import Finding, Progress, Result, Settings, verdict
+from optgrad.experiments.reproduce import (
+    Finding,
+    Progress,
+    Result,
+    Settings,
+    skipped_picture,
+    verdict,
+)
 from optgrad.experiments.reproduce import planning_runs as lib
 from optgrad.experiments.reproduce import survey_runs as runs
 
@@ -302,8 +309,7 @@ def _number(cost: float) -> float | None:
 def _skipped(error: ImportError) -> Result:
     """The section of a report without the packages."""
     with mpl.rc_context(plots.STYLE):
-        figure = lib.figure(6, 1.2)
-        figure.text(0.5, 0.5, "skipped: sif2jax or optimistix is missing", ha="center")
+        figure = skipped_picture("sif2jax or optimistix is missing")
     return Result(
         title=_TITLE,
         text=f"**Skipped: {error}.** `pip install sif2jax optimistix`, test dependencies both.",

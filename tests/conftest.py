@@ -41,6 +41,15 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "optgrad")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much of the contract suite runs; its conftest.py says what is left out, and why."""
+    parser.addoption(
+        "--contract", choices=("dealt", "kinds", "all"), default="dealt",
+        help="dealt (default): variants dealt out among the slow methods; kinds: one method of "
+        "each kind; all: every variant for every method",
+    )  # fmt: skip
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """64-bit floats, for the duration of one test."""

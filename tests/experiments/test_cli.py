@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 import optgrad
 from optgrad import registry
 from optgrad.__main__ import main
-from optgrad.experiments import cli, config
+from optgrad.experiments import cli, config, terminal
 from optgrad.experiments import compare as compare_lib
+from optgrad.experiments.live_view import LiveView
 
 TINY = [
     "--optimizers", "adam,m_svag", "--steps", "20", "--eval-every", "10", "--seeds", "2",
@@ -29,8 +30,8 @@ def run(monkeypatch):
     """Runs a command in this process; returns the exit code and all that was printed."""
 
     def invoke(*arguments, width=120):
-        monkeypatch.setattr(cli, "console", Console(width=width))
-        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=width))
+        monkeypatch.setattr(terminal, "console", Console(width=width))
+        monkeypatch.setattr(terminal, "errors", Console(stderr=True, width=width))
         result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception  # a user would see a traceback
@@ -390,7 +391,7 @@ def record(step=10, value=0.1, seed=0, accuracy=0.5, diverged_at=0):
 
 @pytest.fixture
 def view():
-    return cli._LiveView(config.load_config(overrides={"steps": 100}))
+    return LiveView(config.load_config(overrides={"steps": 100}))
 
 
 def test_the_live_view_shows_the_best_of_each_optimizer(view):

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import optgrad
-from optgrad.experiments import cli, reproduce
+from optgrad.experiments import cli, reproduce, terminal
 from optgrad.experiments.reproduce import digits_network, online_parabola, online_parabola_network
 from optgrad.experiments.reproduce import report as report_lib
 
@@ -39,8 +39,8 @@ def run(monkeypatch):
     """Runs a command in this process; returns the exit code and all that was printed."""
 
     def invoke(*arguments):
-        monkeypatch.setattr(cli, "console", Console(width=160))
-        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=160))
+        monkeypatch.setattr(terminal, "console", Console(width=160))
+        monkeypatch.setattr(terminal, "errors", Console(stderr=True, width=160))
         result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from optgrad.experiments import cli, compare, data, engine, reproduce, tuning
+from optgrad.experiments import cli, compare, data, engine, reproduce, terminal, tuning
 from optgrad.experiments.config import OptimizerConfig
 from optgrad.experiments.reproduce import dissecting_networks as networks
 from optgrad.experiments.reproduce import dissecting_scales as scales
@@ -58,8 +58,8 @@ def run(monkeypatch):
     """Runs a command in this process; returns the exit code and all that was printed."""
 
     def invoke(*arguments):
-        monkeypatch.setattr(cli, "console", Console(width=160))
-        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=160))
+        monkeypatch.setattr(terminal, "console", Console(width=160))
+        monkeypatch.setattr(terminal, "errors", Console(stderr=True, width=160))
         result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception

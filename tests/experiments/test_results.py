@@ -250,11 +250,12 @@ def test_the_report_says_what_was_found(folder):
         assert part in text, part
     for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / name).is_file()
-    summary, rivals = (
+    summary, rivals, medians = (
         [line for line in part.splitlines() if line.startswith("|")]
-        for part in text.split("## Who is ahead")
+        for part in re.split("## Who is ahead|Medians over seeds", text)
     )
-    for table, rows in ((summary, 4), (rivals, 2)):  # one had no stable value
+    assert [line.split(" | ")[4] for line in medians[2:]] == ["3 |", "2 |", "0 |", "3 |"]
+    for table, rows in ((summary, 4), (rivals, 2), (medians, 4)):  # one had no stable value
         assert len(table) == 2 + rows
         assert len({line.count("|") for line in table}) == 1
     assert "no winner is called" in text or "is the winner" in text
@@ -446,7 +447,9 @@ def test_summary_json_has_everything(folder):
         pytest.fail(f"{constant} is no JSON")
 
     found = json.loads(text, parse_constant=refuse)
-    assert set(found) == {"problem", "score", "config", "environment", "summary", "ranking"}
+    assert set(found) == {
+        "format", "problem", "score", "target", "config", "environment", "summary", "ranking"
+    }  # fmt: skip
     assert found["config"]["steps"] == 40
     assert found["environment"]["optgrad"] == optgrad.__version__
     labels = [row["optimizer"] for row in found["summary"]]

@@ -1,4 +1,4 @@
-"""The command line: list, show, problems, compare, resume and reproduce."""
+"""The command line: list, show, problems, compare, resume, report and reproduce."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +7,14 @@ import typer
 from rich.live import Live
 
 import optgrad
-from optgrad.experiments import cli_methods, cli_reproduce, report, terminal, user_problems
+from optgrad.experiments import (
+    cli_methods,
+    cli_report,
+    cli_reproduce,
+    report,
+    terminal,
+    user_problems,
+)
 from optgrad.experiments import config as config_lib
 from optgrad.experiments.live_view import LiveView
 
@@ -55,6 +62,9 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
     tuning: Annotated[str | None, typer.Option(help="search, grid or none.")] = None,
     select_by: Annotated[str | None, typer.Option(help="validation_accuracy, …")] = None,
     vectorize: Annotated[str | None, typer.Option(help="auto, vmap or map.")] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard", help="TensorBoard event files, too.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier results folder.")] = False,
     set_: Annotated[
@@ -76,6 +86,7 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
         "tuning.protocol": tuning,
         "tuning.select_by": select_by,
         "vectorize": vectorize,
+        "tensorboard": tensorboard,
         "output": output,
     }
     # Imported here: 'optgrad list' and a refused configuration need no data set and no figures.
@@ -122,6 +133,7 @@ def resume(
         _run_study(settings, destination, journal, overwrite=True)
 
 
+app.command("report")(cli_report.report)
 app.command("reproduce")(cli_reproduce.reproduce)
 
 
@@ -141,8 +153,10 @@ def _run_study(
 ) -> None:
     """Runs a comparison to its end, or as far as it comes, and prints what it found."""
     from optgrad.experiments import compare as compare_lib  # noqa: PLC0415
-    from optgrad.experiments import results  # noqa: PLC0415
+    from optgrad.experiments import event_files, results  # noqa: PLC0415
 
+    if settings.tensorboard:
+        event_files.check_installed()
     live = LiveView(settings)
     try:
         with Live(

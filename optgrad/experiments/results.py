@@ -5,7 +5,7 @@ That of a comparison holds:
 ``config.toml`` (resolved: the same command again), ``metrics.csv`` (every run at every evaluation),
 ``summary.csv``, ``summary.json`` (with the configuration, the environment and who is ahead),
 ``environment.json``, ``curves`` and ``sensitivity`` as SVG and PNG, ``report.md``;
-and of a user's problem the Python file.
+with ``tensorboard`` event files below a folder of that name, and of a user's problem the Python file.
 """
 
 import csv
@@ -28,7 +28,7 @@ import jax
 import tomli_w
 
 import optgrad
-from optgrad.experiments import plots, report, user_problems
+from optgrad.experiments import event_files, plots, report, user_problems
 from optgrad.experiments.compare import Comparison
 from optgrad.experiments.config import CompareConfig
 
@@ -155,6 +155,8 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
     for name, figure in plots.figures(comparison).items():
         for suffix in ("svg", "png"):
             plots.save(figure, folder / f"{name}.{suffix}")
+    if comparison.config.tensorboard:
+        event_files.write(comparison, folder / event_files.FOLDER)
     text = report.markdown(comparison, environment)
     (folder / "report.md").write_text(text, encoding="utf-8")
 

@@ -43,16 +43,21 @@ def write(comparison: Comparison, folder: Path) -> None:
       ImportError: without the extra ``tensorboard``.
     """
     for outcome in comparison.outcomes:
-        below = folder / quote(outcome.config.label, safe=" ,;=+()")
+        below = folder / _folder_of(outcome.config.label)
         for stage in outcome.tuned.stages:
             for run in range(len(stage.seeds)):
                 _write_run(stage, run, below / name_of(stage, run))
 
 
+def _folder_of(label: str) -> str:
+    """The label as a name that stays below its folder."""
+    return quote(label, safe=" ,;=+()").replace(".", "%2E" if not label.strip(".") else ".")
+
+
 def name_of(stage: Stage, run: int) -> str:
     """The folder of one run; without the value where nothing is tuned."""
     value = stage.values[run]
-    parts = [stage.name, *([] if np.isnan(value) else [f"{value:g}"]), f"seed{stage.seeds[run]}"]
+    parts = [stage.name, *([] if np.isnan(value) else [f"{value:.12g}"]), f"seed{stage.seeds[run]}"]
     return "-".join(parts)
 
 

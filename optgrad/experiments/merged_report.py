@@ -43,9 +43,9 @@ def write(
         (prepared / _PICTURES).mkdir()
         for stem, study in zip(_stems(studies), studies, strict=True):
             for name, figure in plots.figures(study.comparison, order).items():
-                plots.save(figure, prepared / f"{stem}{name}.svg")
+                plots.save(figure, prepared / _PICTURES / f"{stem}-{name}.svg")
             if tensorboard:
-                event_files.write(study.comparison, prepared / event_files.FOLDER / Path(stem).name)
+                event_files.write(study.comparison, prepared / event_files.FOLDER / stem)
         if found := across.all_profiles(studies):
             plots.save(plots.profiles(found, order), prepared / _PICTURES / "profiles.svg")
 
@@ -57,9 +57,9 @@ def _title(studies: Sequence[Study]) -> str:
 
 
 def _stems(studies: Sequence[Study]) -> list[str]:
-    """What the names of each study's pictures begin with."""
+    """What the names of each study's files begin with."""
     names = (re.sub(r"[^\w.-]+", "_", study.folder.resolve().name) for study in studies)
-    return [f"{_PICTURES}/{i}-{name}-" for i, name in enumerate(names, 1)]
+    return [f"{i}-{name}" for i, name in enumerate(names, 1)]
 
 
 def markdown(studies: Sequence[Study]) -> str:
@@ -72,7 +72,8 @@ def markdown(studies: Sequence[Study]) -> str:
         lines += [f"{across.instances(one)}\n" for one in found] + [across.PROFILES, ""]
     for stem, study in zip(_stems(studies), studies, strict=True):
         lines += [f"## {study.name}", ""]
-        lines += report.section(study.comparison, study.environment, stem, "###")
+        pictures = f"{_PICTURES}/{stem}-"
+        lines += report.section(study.comparison, study.environment, pictures, "###")
     command = shlex.join(["optgrad", "report", *(str(study.folder) for study in studies)])
     lines += ["Made with:", "", "```", command, "```", ""]
     return report.without_html(lines)

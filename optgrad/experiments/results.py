@@ -5,7 +5,8 @@ That of a comparison holds:
 ``config.toml`` (resolved: the same command again), ``metrics.csv`` (every run at every evaluation),
 ``summary.csv``, ``summary.json`` (with the configuration, the environment and who is ahead),
 ``environment.json``, ``curves`` and ``sensitivity`` as SVG and PNG, ``report.md``;
-with ``tensorboard`` event files below a folder of that name, and of a user's problem the Python file.
+with ``tensorboard`` event files below a folder of that name; and of a user's problem the Python
+file.
 """
 
 import csv

@@ -1,5 +1,6 @@
 """Studies read back from disk are those that were written; what is none is refused."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,8 +10,9 @@ import pytest
 
 from optgrad.experiments import plots, report, results, stored
 from optgrad.experiments.results import ResultsError
+from optgrad.experiments.tuning import Tuned, runs_at
 
-from .made_up import made_up_comparison
+from .made_up import made_up_comparison, stage
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +115,18 @@ def test_studies_of_one_name_are_told_apart_by_their_folders(written, tmp_path):
     assert names == [f"mlp_small on digits ({tail})" for tail in ("a/x", "b/x", "b/y")]
     with pytest.raises(ResultsError, match="given twice"):
         stored.load_studies([places[0], places[0] / ".." / "x"])
+
+
+def test_the_final_runs_of_a_grid_are_found_within_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "figures", lambda comparison: {})
+    whole = made_up_comparison()
+    pairs = [(value, seed) for value in (0.1, 0.06) for seed in range(3)]
+    grid = stage("tuning", *zip(*pairs, strict=True), 3)
+    tuned = Tuned("learning_rate", 0.06, True, (grid,), runs_at(grid, 0.06))
+    outcome = dataclasses.replace(whole.outcomes[0], tuned=tuned)
+    expected = dataclasses.replace(whole, outcomes=(outcome,))
+    config = whole.config.model_copy(update={"optimizers": whole.config.optimizers[:1]})
+    results.write(dataclasses.replace(expected, config=config), tmp_path / "results")
+    found = stored.load_study(tmp_path / "results").comparison
+    assert found.summary() == expected.summary()
+    assert found.outcomes[0].tuned.final.seeds.tolist() == [0, 1, 2]

@@ -30,9 +30,9 @@ def report(
         page.check_installed()
         if tensorboard:
             event_files.check_installed()
+        studies = stored.load_studies(folders)
         folder = output or results.default_folder_of("report")
         results.check_destination(folder, overwrite=overwrite)
-        studies = stored.load_studies(folders)
         merged_report.write(studies, folder, tensorboard=tensorboard, overwrite=overwrite)
     header, rows = across.overview(studies)
     ends = [[row[0], *row[-2:]] for row in rows]

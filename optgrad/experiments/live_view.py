@@ -13,6 +13,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from optgrad.experiments import config as config_lib
 from optgrad.experiments import terminal
@@ -25,8 +26,7 @@ class LiveView:
     def __init__(self, settings: config_lib.CompareConfig) -> None:
         self.settings = settings
         self.score = ACCURACY  # until a record brings the problem's
-        self.progress = Progress(
-            TextColumn("{task.description}"),
+        self.progress = Progress(  # what is running stands above it, or it would leave no room
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -87,4 +87,5 @@ class LiveView:
             ]
             for label, (stage, record) in self.best.items()
         ]
-        return Group(terminal.table(header, rows), self.progress)
+        running = Text(self.progress.tasks[0].description, no_wrap=True, overflow="ellipsis")
+        return Group(terminal.table(header, rows), running, self.progress)

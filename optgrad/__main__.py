@@ -10,10 +10,11 @@ def main() -> None:
     try:
         cli = importlib.import_module("optgrad.experiments.cli")
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("optgrad"):
+        package = (error.name or "").partition(".")[0]
+        if package == "optgrad":
             raise
         sys.exit(
-            f"optgrad: the command line needs {error.name}, which is not installed; "
+            f"optgrad: the command line needs {package}, which is not installed; "
             'install it with: pip install "optgrad[experiments]"'
         )
     # Of a failed write, orbax' threads log tracebacks before the error comes that says it.

@@ -52,7 +52,7 @@ class Comparison:
 
     def ranking(self) -> statistics.Ranking:
         """The order of the optimizers by the score after the last step, and who is told apart."""
-        finals = {outcome.config.label: _finals(outcome, self.score) for outcome in self.outcomes}
+        finals = {o.config.label: final_scores(o, self.score) for o in self.outcomes}
         return statistics.ranking(finals, larger_is_better=self.score.larger_is_better)
 
 
@@ -200,7 +200,7 @@ def final_metric(outcome: Outcome, name: str) -> np.ndarray:
     return np.asarray(values[np.isfinite(values)])
 
 
-def _finals(outcome: Outcome, score: Score) -> dict[int, float]:
+def final_scores(outcome: Outcome, score: Score) -> dict[int, float]:
     """Seed -> the score after the last step of the final runs; NaN of one that diverged."""
     final = outcome.tuned.final
     seeds = np.empty(0) if final is None else final.seeds
@@ -231,12 +231,17 @@ def _summary(outcome: Outcome, target: float, score: Score) -> dict[str, Any]:
     record["steps_to_target"] = None if final is None else _steps_to(final, target, score)
     record["training_seconds"] = outcome.seconds
     record["compile_seconds"] = outcome.compile_seconds
+    record["compilations"] = outcome.compilations
     return record
 
 
 def _steps_to(final: tuning.Stage, target: float, score: Score) -> float | None:
     """Median over seeds of the first evaluated step at the target; None if most never reach it."""
-    reached = score.reaches(final.history.metrics[score.name], target)
-    first = np.where(reached.any(axis=1), final.history.steps[reached.argmax(axis=1)], np.inf)
-    median = float(np.median(first))
+    median = float(np.median(steps_to_target(final, target, score)))
     return median if np.isfinite(median) else None
+
+
+def steps_to_target(final: tuning.Stage, target: float, score: Score) -> np.ndarray:
+    """The first evaluated step at the target, of each run; infinite if it never reaches it."""
+    reached = score.reaches(final.history.metrics[score.name], target)
+    return np.where(reached.any(axis=1), final.history.steps[reached.argmax(axis=1)], np.inf)

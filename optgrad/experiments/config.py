@@ -141,6 +141,7 @@ class CompareConfig(_Model):
     vectorize: Literal["auto", "vmap", "map"] = "auto"
     microbatch_size: PositiveInt | None = None
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 5.0  # between two, at least; 0 is each time
+    tensorboard: bool = False  # event files of all runs among the results
     output: Path | None = None
 
     @pydantic.field_validator("dataset")

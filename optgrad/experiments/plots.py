@@ -1,15 +1,20 @@
 """Pictures of a comparison: training curves over seeds, and sensitivity to the learning rate."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from optgrad.experiments import tuning
-from optgrad.experiments.compare import Comparison
+from optgrad.experiments.compare import Comparison, Outcome
+from optgrad.experiments.engine import History
+from optgrad.experiments.profiles import Profiles
+from optgrad.experiments.scores import Score
 
 # Okabe & Ito's colours, distinguishable with colour-blindness; line styles repeat the distinction.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -27,13 +32,37 @@ STYLE: Any = {
 }
 
 
-def figures(comparison: Comparison) -> dict[str, Figure]:
-    """File stem -> figure; ``sensitivity`` only where something was tuned."""
+class Band(NamedTuple):
+    """A mean and its spread, at the places where it is known."""
+
+    places: npt.NDArray[Any]  # [P], increasing: steps, or values of what was tuned
+    mean: npt.NDArray[np.float64]  # [P]
+    sd: npt.NDArray[np.float64]  # [P], of a sample; 0 of a single run
+    runs: int
+
+
+def figures(comparison: Comparison, order: Sequence[str] = ()) -> dict[str, Figure]:
+    """File stem -> figure; ``sensitivity`` only where something was tuned.
+
+    Args:
+      comparison: what to draw.
+      order: labels, whose places in it are their colours; default: the comparison's.
+    """
     with mpl.rc_context(STYLE):
-        drawn = {"curves": curves(comparison)}
-        if any(outcome.tuned.hyperparameter for outcome in comparison.outcomes):
-            drawn["sensitivity"] = sensitivity(comparison)
+        drawn = {"curves": curves(comparison, order)}
+        if was_tuned(comparison):
+            drawn["sensitivity"] = sensitivity(comparison, order)
         return drawn
+
+
+def labels(comparison: Comparison) -> list[str]:
+    """Of its optimizers, in their order."""
+    return [outcome.config.label for outcome in comparison.outcomes]
+
+
+def was_tuned(comparison: Comparison) -> bool:
+    """Whether there is a sensitivity to draw."""
+    return any(outcome.tuned.hyperparameter for outcome in comparison.outcomes)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -43,28 +72,39 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=150, metadata=metadata)
 
 
-def curves(comparison: Comparison) -> Figure:
+def band(history: History, metric: str) -> Band | None:
+    """Mean and spread of a metric over the runs that did not diverge; None if all did."""
+    values = history.metrics[metric][history.diverged_at == 0]
+    if not len(values):
+        return None
+    shown = np.isfinite(values).all(axis=0)  # no training loss before the first step
+    return _band(history.steps[shown], values[:, shown])
+
+
+def _band(places: npt.NDArray[Any], values: npt.NDArray[np.float64]) -> Band:
+    mean = values.mean(axis=0)
+    sd = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
+    return Band(places, mean, sd, len(values))
+
+
+def curves(comparison: Comparison, order: Sequence[str] = ()) -> Figure:
     """Training loss, test loss and the score: mean ± one standard deviation over seeds."""
-    score = comparison.score
+    score, order = comparison.score, order or labels(comparison)
     panels = {"train_loss": "training loss", "test_loss": "test loss", score.name: score.title}
     figure = Figure(figsize=(11 * len(panels) / 3, 3.6))
-    figure.suptitle(f"{comparison.problem}: mean ± sd over seeds")
+    figure.suptitle(f"{_text(comparison.problem)}: mean ± sd over seeds")
     axes = figure.subplots(1, len(panels))
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
         lowest_start, lowest = np.inf, np.inf
-        for index, outcome in enumerate(comparison.outcomes):
+        for outcome in comparison.outcomes:
             final = outcome.tuned.final
-            if final is None or (final.history.diverged_at > 0).all():
+            drawn = band(final.history, metric) if final else None
+            if drawn is None:
                 continue
-            values = final.history.metrics[metric][final.history.diverged_at == 0]
-            steps = final.history.steps
-            shown = np.isfinite(values).all(axis=0)  # no training loss before the first step
-            steps, values = steps[shown], values[:, shown]
-            mean = values.mean(axis=0)
-            sd = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
-            label = _label(outcome)
-            axis.plot(steps, mean, label=label, **look(index))
-            axis.fill_between(steps, mean - sd, mean + sd, color=look(index)["color"], alpha=0.2)
+            steps, mean, sd, _ = drawn
+            line = look(order.index(outcome.config.label))
+            axis.plot(steps, mean, label=_label(outcome), **line)
+            axis.fill_between(steps, mean - sd, mean + sd, color=line["color"], alpha=0.2)
             lowest_start = min(lowest_start, mean[min(1, len(mean) - 1)])
             lowest = min(lowest, mean.min())
         if not (score.in_percent and metric == score.name):
@@ -78,36 +118,69 @@ def curves(comparison: Comparison) -> Figure:
     return figure
 
 
-def sensitivity(comparison: Comparison) -> Figure:
-    """The selection metric that each tried learning rate reached, averaged over tuning seeds."""
+def tried(outcome: Outcome, select_by: str, score: Score) -> Band | None:
+    """What each tried value reached by the metric that selects, over seeds; None if none did.
+
+    A value that diverged with any seed is left out.
+    """
+    stage = next((s for s in outcome.tuned.stages if s.name == "tuning"), None)
+    if stage is None:
+        return None
+    by_seed = [
+        tuning.scores(tuning.runs_where(stage, stage.seeds == seed), select_by, score)
+        for seed in np.unique(stage.seeds)
+    ]
+    values = sorted(v for v in by_seed[0] if all(np.isfinite(found[v]) for found in by_seed))
+    reached = np.array([[found[v] for v in values] for found in by_seed])
+    return _band(np.array(values), score.sign(select_by) * reached) if values else None
+
+
+def sensitivity(comparison: Comparison, order: Sequence[str] = ()) -> Figure:
+    """The selection metric that each tried learning rate reached: mean ± sd over tuning seeds."""
     select_by, score = comparison.config.tuning.select_by, comparison.score
-    sign, lowest = score.sign(select_by), np.inf
+    sign, lowest, order = score.sign(select_by), np.inf, order or labels(comparison)
     figure = Figure(figsize=(5.5, 3.8))
     axis: Axes = figure.subplots()
-    for index, outcome in enumerate(comparison.outcomes):
-        stage = next((s for s in outcome.tuned.stages if s.name == "tuning"), None)
-        if stage is None:
+    for outcome in comparison.outcomes:
+        drawn = tried(outcome, select_by, score)
+        if drawn is None:
             continue
-        by_value = tuning.scores(stage, select_by, score)
-        points = sorted((v, sign * s) for v, s in by_value.items() if np.isfinite(s))
-        if points:
-            lowest = min(lowest, *(reached for _, reached in points))
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=4,
-                      label=_text(outcome.config.label), **look(index))  # fmt: skip
-        if outcome.tuned.best is not None:
-            best = outcome.tuned.best
-            axis.plot(best, sign * by_value[best], "o", markersize=10, fillstyle="none",
-                      color=look(index)["color"])  # fmt: skip
+        values, mean, sd, _ = drawn
+        line = look(order.index(outcome.config.label))
+        lowest = min(lowest, mean.min())
+        axis.plot(values, mean, marker="o", markersize=4, label=_text(outcome.config.label), **line)
+        axis.fill_between(values, mean - sd, mean + sd, color=line["color"], alpha=0.2)
+        chosen = values == outcome.tuned.best
+        axis.plot(values[chosen], mean[chosen], "o", markersize=10, fillstyle="none",
+                  color=line["color"])  # fmt: skip
     axis.set_xscale("log")
     if sign < 0 <= lowest:
         axis.set_yscale("log")
     axis.set(
         xlabel="learning rate (or what the method tunes)",
         ylabel=f"best {select_by.replace('_', ' ')}",
-        title=f"{comparison.problem}: sensitivity",
+        title=f"{_text(comparison.problem)}: sensitivity",
     )
     _add_legend(figure, axis, "best")
     return figure
+
+
+def profiles(found: Sequence[Profiles], order: Sequence[str]) -> Figure:
+    """Performance profiles, a panel for each cost."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.5 * len(found), 3.6))
+        axes = figure.subplots(1, len(found), squeeze=False)[0]
+        for axis, one in zip(axes, found, strict=True):
+            last = max([2.0, *(p.factors[-1] for p in one.profiles.values())])
+            for label, profile in one.profiles.items():
+                factors = np.append(profile.factors, 1.1 * last)  # on to the right end
+                shares = np.append(profile.shares, profile.shares[-1])
+                line = look(order.index(label))
+                axis.step(factors, shares, where="post", label=_text(label), **line)
+            axis.set(xlabel="factor τ of the best", ylabel="share of studies × seeds", xscale="log",
+                     ylim=(-0.02, 1.02), title=one.cost)  # fmt: skip
+        _add_legend(figure, axes[-1], "lower right")
+        return figure
 
 
 def _add_legend(figure: Figure, axis: Axes, place: Any) -> None:

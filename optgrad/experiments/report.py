@@ -64,45 +64,74 @@ def mean_sd(record: Mapping[str, Any], name: str, text: Callable[[float], str]) 
 
 def markdown(comparison: Comparison, environment: Mapping[str, str]) -> str:
     """The report: table, pictures, what was done, with what."""
+    lines = [f"# {title(comparison)}", "", *section(comparison, environment)]
+    lines += ["Repeat it, in this folder (with --data-dir if need be):", "", "```"]
+    lines += [_command(), "```", ""]
+    return without_html(lines)
+
+
+def title(comparison: Comparison) -> str:
+    """Of its report."""
+    return f"{comparison.problem}: {len(comparison.outcomes)} optimizers compared"
+
+
+def section(
+    comparison: Comparison, environment: Mapping[str, str], pictures: str = "", level: str = "##"
+) -> list[str]:
+    """All that is said of one comparison, in lines of Markdown.
+
+    Args:
+      comparison: of what.
+      environment: with which it was measured.
+      pictures: what the names of the pictures' files begin with.
+      level: of the headings.
+    """
+    lines = [markdown_table(*table(comparison)), "", explanation(comparison), ""]
+    if text := surroundings(comparison):
+        lines += [text, ""]
+    lines += [f"![curves]({pictures}curves.svg)", ""]
+    if any(outcome.tuned.hyperparameter for outcome in comparison.outcomes):
+        lines += [f"![sensitivity]({pictures}sensitivity.svg)", ""]
+    lines += [f"{level} Who is ahead", "", verdict(comparison), ""]
+    if comparison.ranking().differences:
+        lines += [markdown_table(*rivals(comparison)), "", statistics.RULE, ""]
+    lines += [
+        "Medians over seeds, with their bootstrap intervals (level 0.95):",
+        "",
+        markdown_table(*medians(comparison)),
+    ]
+    lines += ["", f"{level} How the rates were chosen", "", *protocol(comparison), ""]
+    lines += [f"{level} Cost", "", *(f"- {line}" for line in costs(comparison)), ""]
+    lines += [f"{level} Environment", ""]
+    return [*lines, *(f"- {name}: {value}" for name, value in environment.items()), ""]
+
+
+def explanation(comparison: Comparison) -> str:
+    """What the numbers of the table are."""
     config, score = comparison.config, comparison.score
-    header, rows = table(comparison)
-    lines = [
-        f"# {comparison.problem}: {len(rows)} optimizers compared",
-        "",
-        markdown_table(header, rows),
-        "",
+    return (
         f"Mean ± standard deviation over seeds, after {config.steps} steps of batch size "
         f"{config.batch_size}. Steps to target: median over seeds of the first evaluation (every "
         f"{config.eval_every} steps) with a {score.title} of at "
         f"{'least' if score.larger_is_better else 'most'} {score.text(comparison.target)}"
         f"{' %' if score.in_percent else ''}; a dash where most seeds never reach it. "
         "Training loss: mean over the minibatches since the last evaluation"
-        + (", with the L2 term." if config.l2 else "."),
-        *_surroundings(comparison),
-        "",
-        "![curves](curves.svg)",
-        "",
-    ]
-    if any(outcome.tuned.hyperparameter for outcome in comparison.outcomes):
-        lines += ["![sensitivity](sensitivity.svg)", ""]
-    lines += ["## Who is ahead", "", *_who_is_ahead(comparison), ""]
-    lines += ["## How the rates were chosen", "", *_protocol(comparison), ""]
-    lines += ["## Cost", ""]
-    lines += [
-        f"- {outcome.config.label}: {outcome.seconds:.1f} s of training and evaluation in "
+        + (", with the L2 term." if config.l2 else ".")
+    )
+
+
+def costs(comparison: Comparison) -> list[str]:
+    """What each optimizer took."""
+    return [
+        f"{outcome.config.label}: {outcome.seconds:.1f} s of training and evaluation in "
         f"{sum(len(s.seeds) for s in outcome.tuned.stages)} runs, "
         f"{outcome.compilations} compilation(s) of the training step, "
         f"{outcome.compile_seconds:.1f} s of compiling"
         for outcome in comparison.outcomes
     ]
-    lines += ["", "## Environment", ""]
-    lines += [f"- {name}: {value}" for name, value in environment.items()]
-    lines += ["", "Repeat it, in this folder (with --data-dir if need be):", "", "```"]
-    lines += [_command(), "```", ""]
-    return "\n".join(lines)
 
 
-def _surroundings(comparison: Comparison) -> list[str]:
+def surroundings(comparison: Comparison) -> str:
     """What surrounded the optimizers, and what the numbers are therefore of."""
     config = comparison.config
     schedule = config.schedule
@@ -117,23 +146,31 @@ def _surroundings(comparison: Comparison) -> list[str]:
         "Trained in bfloat16, with float32 parameters.": config.precision == "bfloat16",
         f"Evaluated is the moving average of the parameters (decay {config.ema:g}).": config.ema,
     }
-    text = " ".join(text for text, holds in said.items() if holds)
-    return ["", text] if text else []
+    return " ".join(text for text, holds in said.items() if holds)
 
 
-def _who_is_ahead(comparison: Comparison) -> list[str]:
-    """The best beside each other optimizer, and whether it is called the winner."""
+def verdict(comparison: Comparison) -> str:
+    """Which optimizer is called the winner, or why none is."""
     ranking, score = comparison.ranking(), comparison.score
     if not ranking.differences:
-        return ["There are no two optimizers with finite results."]
+        return "There are no two optimizers with finite results."
     best = ranking.order[0]
     if ranking.winner:
-        verdict = f"**{best} is the winner.**"
+        found = f"{best} is the winner."
     else:
         alike = [d.label for d in ranking.differences if not d.p < 1.0 - statistics.LEVEL]
-        verdict = f"{best} has the best mean, and **no winner is called**"
-        verdict += f": it is not told apart from {', '.join(alike)}." if alike else "."
-    header = ("rival", f"{best} is better by", "95 % interval", "p (Holm)", "common seeds")
+        found = f"{best} has the best mean, and no winner is called"
+        found += f": it is not told apart from {', '.join(alike)}." if alike else "."
+    unit = ", in percentage points" if score.in_percent else ""
+    return f"By the {score.title} after the last step{unit}. {found}"
+
+
+def rivals(comparison: Comparison) -> tuple[Sequence[str], list[list[str]]]:
+    """Header and rows: the best beside each other optimizer, over their common seeds."""
+    ranking, score = comparison.ranking(), comparison.score
+    header = (
+        "rival", f"{ranking.order[0]} is better by", "95 % interval", "p (Holm)", "common seeds"
+    )  # fmt: skip
     rows = [
         [
             d.label,
@@ -146,17 +183,27 @@ def _who_is_ahead(comparison: Comparison) -> list[str]:
         ]
         for d in ranking.differences
     ]
-    unit = ", in percentage points" if score.in_percent else ""
-    return [
-        f"By the {score.title} after the last step{unit}. {verdict}",
-        "",
-        markdown_table(header, rows),
-        "",
-        statistics.RULE,
+    return header, rows
+
+
+def medians(comparison: Comparison) -> tuple[Sequence[str], list[list[str]]]:
+    """Header and rows: the median of the score and its bootstrap interval."""
+    score = comparison.score
+    keys = [f"{score.name}_median{end}" for end in ("", "_low", "_high")]
+    header = ("optimizer", f"median {score.heading}", "from", "to", "runs that count")
+    rows = [
+        [
+            record["optimizer"],
+            *("–" if record[key] is None else score.text(record[key]) for key in keys),
+            str(record["seeds"] - record["diverged"]),
+        ]
+        for record in comparison.summary()
     ]
+    return header, rows
 
 
-def _protocol(comparison: Comparison) -> list[str]:
+def protocol(comparison: Comparison) -> list[str]:
+    """How the tuned values were chosen, in sentences."""
     tuning = comparison.config.tuning
     lines = []
     if tuning.protocol == "search":
@@ -171,7 +218,7 @@ def _protocol(comparison: Comparison) -> list[str]:
     if tuning.protocol != "none":
         lines.append(f"Chosen by the best {tuning.select_by.replace('_', ' ')} reached.")
         if tuning.select_by.startswith("test") and not comparison.score.is_exact:
-            lines.append("**Chosen on the test set: the final numbers are optimistic.**")
+            lines.append("Chosen on the test set: the final numbers are optimistic.")
     if any(o.tuned.hyperparameter and o.tuned.at_edge for o in comparison.outcomes):
         lines.append("(edge): the best value is the last one tried; a better one may lie beyond.")
     for outcome in comparison.outcomes:
@@ -191,6 +238,19 @@ def _command() -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
+    r"""A table in Markdown; a bar within a cell is escaped.
+
+    Examples:
+      >>> print(markdown_table(["a|b"], [["1"]]))
+      | a\|b |
+      | --- |
+      | 1 |
+    """
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    lines = [escaped[0], ["---"] * len(header), *escaped[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def without_html(lines: Sequence[str]) -> str:
+    """The lines as a text in which nothing is HTML, whatever problems and optimizers are called."""
+    return "\n".join(lines).replace("<", "&lt;")

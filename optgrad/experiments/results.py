@@ -5,7 +5,8 @@ That of a comparison holds:
 ``config.toml`` (resolved: the same command again), ``metrics.csv`` (every run at every evaluation),
 ``summary.csv``, ``summary.json`` (with the configuration, the environment and who is ahead),
 ``environment.json``, ``curves`` and ``sensitivity`` as SVG and PNG, ``report.md``;
-and of a user's problem the Python file.
+with ``tensorboard`` event files below a folder of that name; and of a user's problem the Python
+file.
 """
 
 import csv
@@ -28,11 +29,13 @@ import jax
 import tomli_w
 
 import optgrad
-from optgrad.experiments import plots, report, user_problems
+from optgrad.experiments import event_files, plots, report, user_problems
 from optgrad.experiments.compare import Comparison
 from optgrad.experiments.config import CompareConfig
 
 MARKER = "config.toml"  # a folder with it was written by optgrad
+SUMMARY, METRICS = "summary.json", "metrics.csv"
+FORMAT = 1  # of summary.json and metrics.csv; 'optgrad report' reads this one
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
 
@@ -135,34 +138,40 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
         for stage in outcome.tuned.stages
         for row in stage.rows()
     ]
-    write_csv(folder / "metrics.csv", rows)
+    write_csv(folder / METRICS, rows)
     write_csv(folder / "summary.csv", comparison.summary())
     environment = describe_environment()
     _write_json(folder / "environment.json", environment)
     everything = {
+        "format": FORMAT,
         "problem": comparison.problem,
-        "score": comparison.score.name,
+        "score": dataclasses.asdict(comparison.score),
+        "target": comparison.target,
         "config": config,
         "environment": environment,
         "summary": comparison.summary(),
         "ranking": dataclasses.asdict(comparison.ranking()),
     }
-    _write_json(folder / "summary.json", everything)
+    _write_json(folder / SUMMARY, everything)
     for name, figure in plots.figures(comparison).items():
         for suffix in ("svg", "png"):
             plots.save(figure, folder / f"{name}.{suffix}")
+    if comparison.config.tensorboard:
+        event_files.write(comparison, folder / event_files.FOLDER)
     text = report.markdown(comparison, environment)
     (folder / "report.md").write_text(text, encoding="utf-8")
 
 
 def _write_json(path: Path, content: Any) -> None:
-    """NaN and infinity, which JSON has not, are null."""
+    text = json.dumps(plain_json(content), indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
-    def plain(x: Any) -> Any:
-        return None if isinstance(x, float) and not math.isfinite(x) else x
 
-    plain_tree = jax.tree.map(plain, content)
-    path.write_text(json.dumps(plain_tree, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+def plain_json(content: Any) -> Any:
+    """The same tree with null for NaN and infinity, which JSON has not."""
+    return jax.tree.map(
+        lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, content
+    )
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -132,7 +132,7 @@ def tune(
     if protocol == "grid":
         stage = run("tuning", candidates, range(seeds), steps)
         best, at_edge = _select(stage, select_by, score)
-        at_best = None if best is None else _runs_at(stage, best)
+        at_best = None if best is None else runs_at(stage, best)
         return Tuned(tunable.hyperparameter, best, at_edge, (stage,), at_best)
 
     # The largest stable value: one interval each. One at a time from the top where runs go one
@@ -191,12 +191,14 @@ def _select(stage: Stage, select_by: str, score: Score) -> tuple[float | None, b
     return best, len(by_value) > 1 and best in (min(by_value), max(by_value))
 
 
-def _runs_at(stage: Stage, value: float) -> Stage:
-    keep = stage.values == value
-    history = History(
-        stage.history.steps,
-        {k: v[keep] for k, v in stage.history.metrics.items()},
-        stage.history.diverged_at[keep],
-        stage.history.seconds,
-    )
-    return Stage("replication", stage.values[keep], stage.seeds[keep], history)
+def runs_at(stage: Stage, value: float) -> Stage:
+    """Those of a stage's runs that had one value, as replications of it."""
+    return dataclasses.replace(runs_where(stage, stage.values == value), name="replication")
+
+
+def runs_where(stage: Stage, keep: np.ndarray) -> Stage:
+    """Some of a stage's runs, by a mask [R]."""
+    metrics = {name: values[keep] for name, values in stage.history.metrics.items()}
+    at = stage.history.diverged_at[keep]
+    history = stage.history._replace(metrics=metrics, diverged_at=at)
+    return Stage(stage.name, stage.values[keep], stage.seeds[keep], history)

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from optgrad.experiments import cli
+from optgrad.experiments import cli, terminal
 
 try:
     import fcntl
@@ -30,8 +30,8 @@ def run(monkeypatch):
     """Runs a command in this process; returns the exit code and all that was printed."""
 
     def invoke(*arguments, width=160):
-        monkeypatch.setattr(cli, "console", Console(width=width))
-        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=width))
+        monkeypatch.setattr(terminal, "console", Console(width=width))
+        monkeypatch.setattr(terminal, "errors", Console(stderr=True, width=width))
         result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception  # a user would see a traceback

@@ -14,8 +14,9 @@ from rich.console import Console
 import optgrad
 from optgrad import registry
 from optgrad.__main__ import main
-from optgrad.experiments import cli, config
 from optgrad.experiments import compare as compare_lib
+from optgrad.experiments import config
+from optgrad.experiments.live_view import LiveView
 
 TINY = [
     "--optimizers", "adam,m_svag", "--steps", "20", "--eval-every", "10", "--seeds", "2",
@@ -245,7 +246,7 @@ def test_options_reach_their_fields(run, tmp_path, monkeypatch):
         "compare", "--dataset", "mnist", "--data-dir", "/data", "--model", "mlp_small",
         "--optimizers", "sgd, adam", "--steps", 30, "--eval-every", 15, "--batch-size", 8,
         "--seeds", 2, "--rates", "0.5,1e-3", "--tuning", "grid", "--select-by", "test_loss",
-        "--vectorize", "map", "--output", tmp_path / "out",
+        "--vectorize", "map", "--tensorboard", "--output", tmp_path / "out",
         "--set", "l2=0.5", "--set", "tuning.seeds=4", "--set", "seeds=3",
     )  # fmt: skip
     assert (code, "enough" in output) == (2, True)
@@ -256,6 +257,7 @@ def test_options_reach_their_fields(run, tmp_path, monkeypatch):
             "optimizers": ["sgd", "adam"], "steps": 30, "eval_every": 15, "batch_size": 8,
             "seeds": 3, "tuning.rates": [0.5, 1e-3], "tuning.protocol": "grid",
             "tuning.select_by": "test_loss", "tuning.seeds": 4, "vectorize": "map", "l2": 0.5,
+            "tensorboard": True,
             "output": tmp_path / "out",
         }
     )  # fmt: skip
@@ -355,6 +357,56 @@ def test_a_batch_of_one_is_refused_before_any_work(run, tmp_path, monkeypatch):
     assert (code, trained) == (2, [])
 
 
+# report ---------------------------------------------------------------------------------------
+
+
+def test_report_merges_what_compare_wrote(run, compared, tmp_path, monkeypatch):
+    """And refuses to write where the results are."""
+    here, _ = compared
+    monkeypatch.chdir(here)
+    code, output = run("report", "out", "--output", tmp_path / "page", "--tensorboard")
+    assert code == 0, output
+    assert "mlp_small on digits" in output
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {
+        "config.toml", "report.html", "report.md", "figures", "tensorboard"
+    }  # fmt: skip
+    code, output = run("report", "out", "--output", "out", "--overwrite")
+    assert (code, "accepted: another folder" in output) == (2, True)
+    assert (here / "out" / "metrics.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere"], "folder = nowhere is no folder"),
+        (["unfinished"], "unfinished; go on with it: optgrad resume unfinished"),
+        (["other"], "folder = other holds no results of optgrad compare"),
+        (["other", "other/../other"], "folder = other is given twice"),
+        (["other", "--output", "other"], "folder = other holds no results"),
+    ],
+)
+def test_report_refuses_what_are_no_results(run, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unfinished.partial").mkdir()
+    (tmp_path / "other").mkdir()
+    code, output = run("report", *arguments, width=300)
+    assert code == 2
+    assert expected in output
+    assert {path.name for path in tmp_path.iterdir()} == {"unfinished.partial", "other"}
+
+
+@pytest.mark.parametrize("command", [["compare"], ["report", "out"]])
+def test_without_the_extra_event_files_are_refused_at_once(
+    run, compared, tmp_path, monkeypatch, no_training, command
+):
+    monkeypatch.chdir(compared[0])
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    code, output = run(*command, "--tensorboard", "--output", tmp_path / "new")
+    assert code == 2
+    assert 'pip install "optgrad[tensorboard]"' in output
+    assert list(tmp_path.iterdir()) == []
+
+
 # The live view --------------------------------------------------------------------------------
 
 
@@ -371,7 +423,7 @@ def record(step=10, value=0.1, seed=0, accuracy=0.5, diverged_at=0):
 
 @pytest.fixture
 def view():
-    return cli._LiveView(config.load_config(overrides={"steps": 100}))
+    return LiveView(config.load_config(overrides={"steps": 100}))
 
 
 def test_the_live_view_shows_the_best_of_each_optimizer(view):

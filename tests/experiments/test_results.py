@@ -19,85 +19,20 @@ import optgrad
 from optgrad.experiments import plots, report, results
 from optgrad.experiments.compare import Comparison, Outcome
 from optgrad.experiments.config import load_config
-from optgrad.experiments.engine import History
 from optgrad.experiments.results import ResultsError
-from optgrad.experiments.tuning import Stage, Tuned
+from optgrad.experiments.tuning import Tuned
+
+from .made_up import METRICS, STEPS, made_up_comparison, stage
 
 FILES = {
     "config.toml", "metrics.csv", "summary.csv", "summary.json", "environment.json", "report.md",
     "curves.svg", "curves.png", "sensitivity.svg", "sensitivity.png",
 }  # fmt: skip
-METRICS = ("train_loss", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy")
-STEPS = np.arange(0, 41, 10)
-SEEDS = 3
-
-
-# A comparison out of thin air -----------------------------------------------------------------
-
-
-def history(runs, salt, diverged=()):
-    """Smooth curves that differ by run; a diverged one is NaN from its third evaluation on."""
-    random = np.random.RandomState(salt)
-    progress = STEPS / STEPS[-1]
-    metrics = {}
-    for name in METRICS:
-        noise = 0.02 * random.randn(runs, 1)
-        loss, accuracy = 2.3 - 2.0 * progress, 0.1 + 0.8 * progress
-        metrics[name] = (accuracy if name.endswith("accuracy") else loss) + progress * noise
-    metrics["train_loss"][:, 0] = np.nan
-    at = np.zeros(runs, int)
-    for run in diverged:
-        at[run] = 17
-        for values in metrics.values():
-            values[run, 2:] = np.nan
-    return History(STEPS, metrics, at, 1.25)
-
-
-def stage(name, values, seeds, salt, diverged=()):
-    values, seeds = np.array(values, float), np.array(seeds)
-    return Stage(name, values, seeds, history(len(seeds), salt, diverged))
 
 
 @pytest.fixture
 def comparison():
-    """Tuned; tuned with one diverged replication; nothing stable; nothing to tune."""
-    config = load_config(
-        overrides={
-            "optimizers": [
-                "adam",
-                {"method": "m_svag", "label": "M-SVAG, β=0.5", "hyperparams": {"beta": 0.5}},
-                "sgd",
-                "lbfgs",
-            ],
-            "steps": 40,
-            "eval_every": 10,
-            "seeds": SEEDS,
-            "output": "somewhere/else",
-            "data_dir": "some/images",
-            "target_accuracy": 0.6,
-        }
-    )
-    rates = [0.1, 0.06, 0.03]
-    seeds = range(1, 1 + SEEDS)
-    tuned = []
-    for salt, (best, diverged) in enumerate([(0.06, ()), (0.1, (1,))]):
-        final = stage("replication", [best] * SEEDS, seeds, 10 * salt + 2, diverged)
-        stages = (
-            stage("stability", [1.0], [0], 10 * salt, [0]),
-            stage("tuning", rates, [0] * 3, 10 * salt + 1, [2]),
-            final,
-        )
-        tuned.append(Tuned("learning_rate", best, best == 0.1, stages, final))
-    tuned.append(
-        Tuned("learning_rate", None, True, (stage("stability", [1.0], [0], 40, [0]),), None)
-    )
-    only = stage("replication", [math.nan] * SEEDS, range(SEEDS), 50)
-    tuned.append(Tuned(None, None, False, (only,), only))
-    outcomes = tuple(
-        Outcome(optimizer, one, 1, 1.25 * len(one.stages))
-        for optimizer, one in zip(config.optimizers, tuned, strict=True)
-    )
-    return Comparison(config, "mlp_small on digits", outcomes, 0.6)
+    return made_up_comparison()
 
 
 @pytest.fixture
@@ -250,11 +185,12 @@ def test_the_report_says_what_was_found(folder):
         assert part in text, part
     for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / name).is_file()
-    summary, rivals = (
+    summary, rivals, medians = (
         [line for line in part.splitlines() if line.startswith("|")]
-        for part in text.split("## Who is ahead")
+        for part in re.split("## Who is ahead|Medians over seeds", text)
     )
-    for table, rows in ((summary, 4), (rivals, 2)):  # one had no stable value
+    assert [line.split(" | ")[4] for line in medians[2:]] == ["3 |", "2 |", "0 |", "3 |"]
+    for table, rows in ((summary, 4), (rivals, 2), (medians, 4)):  # one had no stable value
         assert len(table) == 2 + rows
         assert len({line.count("|") for line in table}) == 1
     assert "no winner is called" in text or "is the winner" in text
@@ -446,7 +382,9 @@ def test_summary_json_has_everything(folder):
         pytest.fail(f"{constant} is no JSON")
 
     found = json.loads(text, parse_constant=refuse)
-    assert set(found) == {"problem", "score", "config", "environment", "summary", "ranking"}
+    assert set(found) == {
+        "format", "problem", "score", "target", "config", "environment", "summary", "ranking"
+    }  # fmt: skip
     assert found["config"]["steps"] == 40
     assert found["environment"]["optgrad"] == optgrad.__version__
     labels = [row["optimizer"] for row in found["summary"]]

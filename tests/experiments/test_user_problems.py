@@ -15,7 +15,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from optgrad.experiments import cli, compare, config, create_problem, plots, report, scores, tuning
+from optgrad.experiments import terminal as terminal_lib
 from optgrad.experiments.config import ConfigError, load_config
+from optgrad.experiments.live_view import LiveView
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "problems.md").read_text(encoding="utf-8")
@@ -292,8 +294,8 @@ def test_scores_know_the_direction():
 
 
 def test_the_live_view_shows_the_smallest_loss(monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(width=120))
-    view = cli._LiveView(load_config(overrides={"problem": "saddle"}))
+    monkeypatch.setattr(terminal_lib, "console", Console(width=120))
+    view = LiveView(load_config(overrides={"problem": "saddle"}))
     for loss in (3e-3, float("nan"), 2e-5, 1e-4):
         record = {"step": 10, "value": 0.1, "seed": 0, "diverged_at": 0, "test_loss": loss}
         view.on_interval("adam", "tuning", record | {"score": scores.LOSS})
@@ -337,7 +339,7 @@ def test_compare_on_a_users_file_from_anywhere(write, tmp_path, monkeypatch, as_
 
 
 def test_problems_are_listed_with_their_options(monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(width=100))
+    monkeypatch.setattr(terminal_lib, "console", Console(width=100))
     result = CliRunner().invoke(cli.app, ["problems"])
     assert result.exit_code == 0
     for part in ("noisy_quadratic", "spectrum = 'uniform'", "lattice", "distance = 0.01"):

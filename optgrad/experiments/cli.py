@@ -26,7 +26,7 @@ from rich.table import Table
 import optgrad
 from optgrad import registry
 from optgrad.experiments import config as config_lib
-from optgrad.experiments import report, user_problems
+from optgrad.experiments import report, search_space, user_problems
 from optgrad.experiments.scores import ACCURACY
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -159,7 +159,9 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Replications of the best rate.")] = None,
     rates: Annotated[str | None, typer.Option(help="Rates to try, separated by commas.")] = None,
-    tuning: Annotated[str | None, typer.Option(help="search, grid or none.")] = None,
+    tuning: Annotated[
+        str | None, typer.Option(help="search, grid, random, halton or none.")
+    ] = None,
     select_by: Annotated[str | None, typer.Option(help="validation_accuracy, …")] = None,
     vectorize: Annotated[str | None, typer.Option(help="auto, vmap or map.")] = None,
     output: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
@@ -295,7 +297,9 @@ class _LiveView:
             TextColumn("left, {task.fields[rate]:.0f} steps/s"),
         )
         self.expected = [config_lib.expected_steps(settings, o) for o in settings.optimizers]
-        self.task = self.progress.add_task("compiling", total=sum(self.expected), rate=0.0)
+        self.intervals = {o.label: settings.length(o).eval_every for o in settings.optimizers}
+        total = sum(self.expected) or None  # nobody knows how many steps fit into seconds
+        self.task = self.progress.add_task("compiling", total=total, rate=0.0)
         self.best: dict[str, tuple[str, dict[str, Any]]] = {}
         self.diverged: dict[str, set[tuple[str, str, int]]] = {}
         self.started = time.monotonic()
@@ -308,15 +312,15 @@ class _LiveView:
             self.announced = (label, stage)
             elapsed = time.monotonic() - self.started
             errors.print(f"{elapsed:6.0f} s  {label}: {stage}", markup=False, highlight=False)
-        interval = (self.settings.eval_every or 0) if record["step"] else 0
+        interval = self.intervals.get(label, 0) if record["step"] else 0
         self.steps += interval
         if label not in self.best:  # its predecessors are finished, whatever they were expected
             self.best[label] = (stage, dict(record))
-            completed = sum(self.expected[: len(self.best) - 1])
-            self.progress.update(self.task, completed=completed)
+            if completed := sum(self.expected[: len(self.best) - 1]):
+                self.progress.update(self.task, completed=completed)
         if record["diverged_at"]:
             runs = self.diverged.setdefault(label, set())
-            runs.add((stage, f"{record['value']:g}", int(record["seed"])))
+            runs.add((stage, search_space.text(record["value"]), int(record["seed"])))
         self.score = record.get("score", self.score)
         sign, name = self.score.sign(self.score.name), self.score.name
         best = self.best[label][1][name]
@@ -325,7 +329,8 @@ class _LiveView:
         self.progress.update(
             self.task,
             advance=interval,
-            description=f"{label}: {stage} {record['value']:g}, seed {record['seed']}, "
+            description=f"{label}: {stage} {search_space.text(record['value'])}, "
+            f"seed {record['seed']}, "
             f"step {record['step']}",
             rate=self.steps / max(time.monotonic() - self.started, 1e-9),
         )
@@ -338,7 +343,7 @@ class _LiveView:
             [
                 label,
                 stage,
-                f"{record['value']:g}",
+                search_space.text(record["value"]),
                 str(record["step"]),
                 self.score.text(record[self.score.name]),
                 str(len(self.diverged.get(label, ()))),

@@ -23,9 +23,10 @@ from optgrad.experiments.engine import History
 from optgrad.experiments.results import ResultsError
 from optgrad.experiments.tuning import Stage, Tuned
 
+PICTURES = ("curves", "curves_gradient_evaluations", "sensitivity", "robustness")
 FILES = {
     "config.toml", "metrics.csv", "summary.csv", "summary.json", "environment.json", "report.md",
-    "curves.svg", "curves.png", "sensitivity.svg", "sensitivity.png",
+    *(f"{name}.{suffix}" for name in PICTURES for suffix in ("svg", "png")),
 }  # fmt: skip
 METRICS = ("train_loss", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy")
 STEPS = np.arange(0, 41, 10)
@@ -103,7 +104,7 @@ def comparison():
 @pytest.fixture
 def quick(monkeypatch):
     """Pictures that cost nothing, where they are not what is tested."""
-    monkeypatch.setattr(plots, "figures", lambda comparison: {"curves": None, "sensitivity": None})
+    monkeypatch.setattr(plots, "figures", lambda comparison: dict.fromkeys(plots.names(comparison)))
     monkeypatch.setattr(plots, "save", lambda figure, path: path.write_text("a picture"))
 
 
@@ -276,7 +277,7 @@ def test_a_choice_by_the_test_set_is_admitted(comparison):
 
 def test_the_pictures_are_real_and_the_same_every_time(tmp_path, comparison):
     results.write(comparison, tmp_path / "one")
-    for name in ("curves", "sensitivity"):
+    for name in PICTURES:
         png = (tmp_path / "one" / f"{name}.png").read_bytes()
         assert png.startswith(b"\x89PNG\r\n\x1a\n")
         width, height = struct.unpack(">II", png[16:24])
@@ -382,8 +383,10 @@ def test_overwrite_replaces_the_whole_folder(folder, comparison):
     (folder / "notes.txt").write_text("old")
     smaller = Comparison(comparison.config, "p", comparison.outcomes[:1], 0.6)
     results.write(smaller, folder, overwrite=True)
-    assert {path.name for path in folder.iterdir()} == FILES
+    only_one = {f"{PICTURES[1]}.{suffix}" for suffix in ("svg", "png")}  # its steps cost the same
+    assert {path.name for path in folder.iterdir()} == FILES - only_one
     assert len(read_csv(folder / "summary.csv")) == 1
+    assert not (folder / "notes.txt").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["results"]
 
 

@@ -77,6 +77,7 @@ def curves(comparison: Comparison, unit: str = "steps") -> Figure:
     axes = figure.subplots(1, len(panels))
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
         lowest_start, lowest = np.inf, np.inf
+        ends = []
         for index, outcome in enumerate(comparison.outcomes):
             final = outcome.tuned.final
             if final is None or (final.history.diverged_at > 0).all():
@@ -88,6 +89,7 @@ def curves(comparison: Comparison, unit: str = "steps") -> Figure:
             mean = values.mean(axis=0)
             sd = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
             label = _label(outcome)
+            ends.append(steps[-1])
             axis.plot(steps, mean, label=label, **look(index))
             axis.fill_between(steps, mean - sd, mean + sd, color=look(index)["color"], alpha=0.2)
             lowest_start = min(lowest_start, mean[min(1, len(mean) - 1)])
@@ -98,6 +100,8 @@ def curves(comparison: Comparison, unit: str = "steps") -> Figure:
             axis.set_ylim(max(0.0, lowest_start - 0.05), min(1.0, axis.get_ylim()[1]))
         if metric == score.name and np.isfinite(lowest):
             axis.axhline(comparison.target, color="0.6", linewidth=0.8, linestyle=":")
+        if ends and max(ends) > 10 * min(ends):  # the short ones would be a line at the left edge
+            axis.set_xscale("log", nonpositive="mask")
         axis.set(xlabel=_UNITS[unit], title=title)
     _add_legend(figure, axes[-1], "lower right" if score.larger_is_better else "best")
     return figure

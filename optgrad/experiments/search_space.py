@@ -57,6 +57,8 @@ class Interval(BaseModel):
 
     def at(self, fraction: float) -> float:
         """The value at a fraction in [0, 1] of the way from ``low`` to ``high``."""
+        if fraction in {0.0, 1.0}:  # the ends as they were given
+            return self.high if fraction else self.low
         if self.scale == "log":
             value = math.exp((1 - fraction) * math.log(self.low) + fraction * math.log(self.high))
         else:

@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 import optgrad
 from optgrad import registry
 from optgrad.__main__ import main
-from optgrad.experiments import cli, config
+from optgrad.experiments import cli, config, studies
 from optgrad.experiments import compare as compare_lib
-from optgrad.experiments import studies
 
 TINY = [
     "--optimizers", "adam,m_svag", "--steps", "20", "--eval-every", "10", "--seeds", "2",

@@ -254,8 +254,8 @@ class CompareConfig(_Model):
             self._check_problem()
         else:
             self._check_images()
-        self._resolve_intervals()
         self._check_budget()
+        self._resolve_intervals()
         for optimizer in self.optimizers:
             steps = self.length(optimizer).steps
             self.features_over(steps).check(registry.get_method(optimizer.method))

@@ -88,11 +88,11 @@ def test_two_values_have_no_inside():
         ("adam", {"b1": (True,)}, {}, ["space.b1", "finite numbers"]),
         ("adam", {"b1": (math.inf,)}, {}, ["space.b1", "finite numbers"]),
         ("adam", {"b1": (0.5,)}, {}, ["adam requires learning_rate"]),
-        ("adam", {"learning_rate": RATES}, {"learning_rate": 0.1}, ["space.learning_rate", "fixes"]),
+        ("adam", {"learning_rate": RATES}, {"learning_rate": 0.1}, ["learning_rate fixes it"]),
         ("adam", {"learning_rate": RATES, "nesterov": (1,)}, {}, ["space.nesterov", "1", "bool"]),
         ("lbfgs", {"memory_size": (5, 2.5)}, {}, ["space.memory_size", "2.5", "int"]),
         ("lbfgs", {"memory_size": RATES}, {}, ["space.memory_size", "static", "a list of values"]),
-        ("m_svag", {"learning_rate": RATES, "beta": (0.9, 1.5)}, {}, ["space.beta = 1.5", "[0, 1)"]),
+        ("m_svag", {"learning_rate": RATES, "beta": (0.9, 1.5)}, {}, ["beta = 1.5", "[0, 1)"]),
         ("m_svag", {"learning_rate": RATES, "variance": ("exact",)}, {}, ["'exact'", "accepted"]),
     ],
 )  # fmt: skip

@@ -251,11 +251,12 @@ def test_the_report_says_what_was_found(folder):
         assert part in text, part
     for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / name).is_file()
-    summary, rivals = (
-        [line for line in part.splitlines() if line.startswith("|")]
-        for part in text.split("## Who is ahead")
-    )
-    for table, rows in ((summary, 4), (rivals, 2)):  # one had no stable value
+    tables = {
+        part.splitlines()[0]: [line for line in part.splitlines() if line.startswith("|")]
+        for part in f"Summary\n{text}".split("\n## ")
+    }
+    for title, rows in (("Summary", 4), ("Who is ahead", 2), ("Robustness", 4)):
+        table = tables[title]  # one rival had no stable value
         assert len(table) == 2 + rows
         assert len({line.count("|") for line in table}) == 1
     assert "no winner is called" in text or "is the winner" in text

@@ -133,6 +133,8 @@ def sensitivity(comparison: Comparison) -> Figure:
                       else general)  # fmt: skip
     for axis, name in zip(axes[1:panels], further, strict=True):
         _draw_sensitivity(comparison, axis, name, name)
+    for axis in axes[:panels:columns]:
+        axis.set_ylabel(f"best {comparison.config.tuning.select_by.replace('_', ' ')}")
     title = f"{comparison.problem}: sensitivity"
     if panels == 1:
         axes[0].set_title(title)
@@ -184,7 +186,7 @@ def _draw_sensitivity(comparison: Comparison, axis: Axes, name: str | None, xlab
         axis.set_xscale("log")
     if sign < 0 <= lowest:
         axis.set_yscale("log")
-    axis.set(xlabel=xlabel, ylabel=f"best {select_by.replace('_', ' ')}")
+    axis.set_xlabel(xlabel)
 
 
 def _is_logarithmic(values: list[Any], factor: float) -> bool:

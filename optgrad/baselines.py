@@ -217,6 +217,7 @@ for _method in (
         tunes=_rate(1e-6, 1e-1),
         test_hyperparams={"learning_rate": 0.02},
         state_size=2,
+        published={"learning_rate": 1e-3},  # D. P. Kingma and J. Ba, 2015, Algorithm 1
     ),
     Method(
         name="adamw",
@@ -243,6 +244,7 @@ for _method in (
         tunes=_rate(1e-6, 1e-1),
         test_hyperparams={"learning_rate": 0.02},
         state_size=2,
+        published={"learning_rate": 2e-3},  # D. P. Kingma and J. Ba, 2015, Algorithm 2
     ),
     Method(
         name="nadam",

@@ -70,6 +70,7 @@ class Method:
       state_size: vectors of parameter size in the state: a number, or for a dense method (one that
         keeps matrices over all parameters) a function of the number of parameters.
       cost: gradient equivalents per step (a gradient is 1).
+      published: what the paper states as default for arguments that have none here.
     """
 
     name: str
@@ -85,13 +86,14 @@ class Method:
     test_hyperparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     state_size: float | Callable[[int], float] = 0
     cost: float = 1.0
+    published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if unknown := self.needs - EXTRAS.keys():
             raise ValueError(
                 f"{self.name}: needs = {sorted(unknown)}; {checks.did_you_mean(unknown, EXTRAS)}"
             )
-        named = {*self.static_args, *self.test_hyperparams}
+        named = {*self.static_args, *self.test_hyperparams, *self.published}
         named |= {self.tunes.hyperparameter} if self.tunes else set()
         for name in sorted(named):
             self.check_hyperparameter(name)
@@ -100,6 +102,20 @@ class Method:
     def hyperparameters(self) -> Mapping[str, inspect.Parameter]:
         """The factory's parameters, by name."""
         return inspect.signature(self.factory).parameters
+
+    @property
+    def runs_at_published_defaults(self) -> bool:
+        """Whether every argument has a default, the factory's or a published one.
+
+        Examples:
+          >>> import optgrad
+          >>> [optgrad.get_method(m).runs_at_published_defaults for m in ("adam", "sgd", "kfac")]
+          [True, False, True]
+        """
+        empty = inspect.Parameter.empty
+        return all(
+            p.default is not empty or k in self.published for k, p in self.hyperparameters.items()
+        )
 
     @property
     def is_dense(self) -> bool:

@@ -59,7 +59,9 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Replications of the best rate.")] = None,
     rates: Annotated[str | None, typer.Option(help="Rates to try, separated by commas.")] = None,
-    tuning: Annotated[str | None, typer.Option(help="search, grid or none.")] = None,
+    tuning: Annotated[
+        str | None, typer.Option(help="search, grid, random, halton or none.")
+    ] = None,
     select_by: Annotated[str | None, typer.Option(help="validation_accuracy, …")] = None,
     vectorize: Annotated[str | None, typer.Option(help="auto, vmap or map.")] = None,
     tensorboard: Annotated[

@@ -14,11 +14,12 @@ from optgrad.experiments import (
     compilation,
     data,
     problems,
+    robustness,
     statistics,
+    studies,
     tuning,
 )
 from optgrad.experiments.config import CompareConfig, OptimizerConfig
-from optgrad.experiments.engine import Trainer
 from optgrad.experiments.scores import ACCURACY, Score
 
 # (label, stage, record of one evaluation of one run, with the problem's "score") -> None
@@ -34,6 +35,23 @@ class Outcome:
     compilations: int  # of the training step
     seconds: float  # wall time of its training, compilation included
     compile_seconds: float = 0.0  # of this process, for all its programs
+    seconds_per_step: float | None = None  # of training, where that was measured
+    published: tuning.Stage | None = None  # runs at the published defaults
+
+    @property
+    def stages(self) -> tuple[tuning.Stage, ...]:
+        """All its runs, in order."""
+        return (*self.tuned.stages, *([self.published] if self.published else []))
+
+    @property
+    def cost_per_step(self) -> Mapping[str, float | None]:
+        """Of a step, in each unit in which progress is shown; None if it was not measured."""
+        cost = registry.get_method(self.config.method).cost
+        return {
+            "steps": 1.0,
+            "gradient_evaluations": cost,
+            "seconds": self.seconds_per_step,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +66,33 @@ class Comparison:
 
     def summary(self) -> list[dict[str, Any]]:
         """One record per optimizer: the best rate, and mean and deviation over the final seeds."""
-        return [_summary(outcome, self.target, self.score) for outcome in self.outcomes]
+        records = []
+        for outcome in self.outcomes:
+            record = _summary(outcome, self.target, self.score)
+            record |= _robustness_record(self.sensitivity(outcome))
+            if self.config.published_defaults:
+                record |= _mean_sd(f"published_{self.score.name}",
+                                   _last(outcome.published, self.score.name))  # fmt: skip
+            records.append(record)
+        return records
+
+    def sensitivity(self, outcome: Outcome) -> robustness.Sensitivity | None:
+        """What the values of an optimizer's main hyperparameter reached, where that is a curve."""
+        tuned_by = self.config.tuning
+        return robustness.sensitivity(
+            outcome.tuned.stages, tuned_by.select_by, self.score, is_grid=not tuned_by.draws_points
+        )
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What progress is shown over: the unit of the budget, and others where they differ."""
+        costs = [outcome.cost_per_step for outcome in self.outcomes]
+        others = []
+        if len({cost["gradient_evaluations"] for cost in costs}) > 1:
+            others.append("gradient_evaluations")
+        if costs and all(cost["seconds"] is not None for cost in costs):
+            others.append("seconds")
+        return tuple(dict.fromkeys([self.config.budget, *others]))
 
     def ranking(self) -> statistics.Ranking:
         """The order of the optimizers by the score after the last step, and who is told apart."""
@@ -70,10 +114,10 @@ def run_comparison(
     """
     problem = load_problem(config)
     config = _with_selection(config, problem)
-    trainers = [_trainer(config, problem, one) for one in config.optimizers]  # refuses all first
+    all_studies = [studies.Study(config, problem, one) for one in config.optimizers]  # refuse first
     outcomes = [
-        _run_one(config, trainer, one, on_interval, checkpoint.Waves(journal, one.label))
-        for trainer, one in zip(trainers, config.optimizers, strict=True)
+        _run_one(study, on_interval, checkpoint.Waves(journal, study.optimizer.label))
+        for study in all_studies
     ]
     target = _target(config, problem.score, outcomes)
     return Comparison(config, problem.name, tuple(outcomes), target, problem.score)
@@ -128,70 +172,29 @@ def _with_selection(config: CompareConfig, problem: problems.Problem) -> Compare
     return config.model_copy(update={"tuning": tuned})
 
 
-def _trainer(
-    config: CompareConfig, problem: problems.Problem, optimizer: OptimizerConfig
-) -> Trainer:
-    assert config.eval_every is not None  # resolved by the configuration
-    method = registry.get_method(optimizer.method)
-    trainer = Trainer(
-        problem,
-        method,
-        optimizer.hyperparams,
-        eval_every=config.eval_every,
-        vectorize=config.vectorize,
-        microbatch_size=config.microbatch_size,
-        features=config.features,
-    )
-    tuned = _tuned(config, optimizer)
-    trainer.check([tuned] if tuned else [])
-    return trainer
-
-
-def _tuned(config: CompareConfig, optimizer: OptimizerConfig) -> str | None:
-    """The hyperparameter that is tuned: none if it is fixed, or there is none."""
-    tunable = registry.get_method(optimizer.method).tunes
-    if tunable is None or config.tuning.protocol == "none":
-        return None
-    return None if tunable.hyperparameter in optimizer.hyperparams else tunable.hyperparameter
-
-
 def _run_one(
-    config: CompareConfig,
-    trainer: Trainer,
-    optimizer: OptimizerConfig,
-    on_interval: OnInterval | None,
-    waves: checkpoint.Waves,
+    study: studies.Study, on_interval: OnInterval | None, waves: checkpoint.Waves
 ) -> Outcome:
-    score = trainer.problem.score
+    score, optimizer = study.problem.score, study.optimizer
     compiling = compilation.seconds()
 
     def report(stage: str, record: Mapping[str, Any]) -> None:
         if on_interval:
             on_interval(optimizer.label, stage, {**record, "score": score})
 
-    tuned = tuning.tune(
-        trainer,
-        steps=config.steps,
-        seeds=config.seeds,
-        protocol=config.tuning.protocol if _tuned(config, optimizer) else "none",
-        rates=optimizer.rates or config.tuning.rates,
-        decades=config.tuning.decades,
-        tuning_seeds=config.tuning.seeds,
-        select_by=config.tuning.select_by,
-        score=score,
-        on_interval=report,
-        waves=waves,
-    )
-    seconds = sum(stage.history.seconds for stage in tuned.stages)
+    found = study.run(report, waves)
     compiling = compilation.seconds() - compiling
-    return Outcome(optimizer, tuned, trainer.compilations, seconds, compiling)
+    outcome = Outcome(
+        optimizer, found.tuned, study.compilations, 0.0, compiling, found.seconds_per_step,
+        found.published,
+    )  # fmt: skip
+    seconds = sum(stage.history.seconds for stage in outcome.stages)
+    return dataclasses.replace(outcome, seconds=seconds)
 
 
 def final_values(outcome: Outcome, name: str) -> np.ndarray:
     """A metric after the last step by seed; NaN where the run diverged, empty without runs."""
-    if outcome.tuned.final is None:
-        return np.empty(0)
-    return np.asarray(outcome.tuned.final.history.metrics[name][:, -1])
+    return _last(outcome.tuned.final, name)
 
 
 def final_metric(outcome: Outcome, name: str) -> np.ndarray:
@@ -208,6 +211,29 @@ def final_scores(outcome: Outcome, score: Score) -> dict[int, float]:
     return {int(seed): float(v) for seed, v in zip(seeds, values, strict=True)}
 
 
+def _last(stage: tuning.Stage | None, name: str) -> np.ndarray:
+    """A metric after the last step, by seed; NaN where the run diverged."""
+    return np.empty(0) if stage is None else np.asarray(stage.history.metrics[name][:, -1])
+
+
+def _mean_sd(name: str, values: np.ndarray) -> dict[str, float | None]:
+    values = values[np.isfinite(values)]
+    return {
+        f"{name}_mean": float(np.mean(values)) if values.size else None,
+        f"{name}_sd": float(np.std(values, ddof=1)) if values.size > 1 else None,
+    }
+
+
+def _robustness_record(found: robustness.Sensitivity | None) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for tolerance in robustness.TOLERANCES:
+        good = found.within(tolerance) if found else None
+        name = f"factor_within_{100 * tolerance:g}_percent"
+        record[name] = good.factor if good else None
+        record[f"{name}_at_edge"] = good.at_edge if good else None
+    return record
+
+
 def _summary(outcome: Outcome, target: float, score: Score) -> dict[str, Any]:
     final = outcome.tuned.final
     record: dict[str, Any] = {
@@ -215,20 +241,25 @@ def _summary(outcome: Outcome, target: float, score: Score) -> dict[str, Any]:
         "method": outcome.config.method,
         "tuned": outcome.tuned.hyperparameter or "",
         "best": outcome.tuned.best,
+        "others": dict(outcome.tuned.others),
         "at_edge": outcome.tuned.at_edge,
         "seeds": 0 if final is None else len(final.seeds),
         "diverged": 0 if final is None else int(np.sum(final.history.diverged_at > 0)),
     }
     for name in dict.fromkeys((score.name, "test_loss", "train_loss")):
-        values = final_metric(outcome, name)
-        record[f"{name}_mean"] = float(np.mean(values)) if values.size else None
-        record[f"{name}_sd"] = float(np.std(values, ddof=1)) if values.size > 1 else None
+        record |= _mean_sd(name, final_values(outcome, name))
     values = final_metric(outcome, score.name)
     record[f"{score.name}_median"] = float(np.median(values)) if values.size else None
     low, high = statistics.median_interval(values) if values.size else (None, None)
     record[f"{score.name}_median_low"], record[f"{score.name}_median_high"] = low, high
     record[f"target_{score.metric}"] = target
-    record["steps_to_target"] = None if final is None else _steps_to(final, target, score)
+    steps = None if final is None else _steps_to(final, target, score)
+    for unit, cost in outcome.cost_per_step.items():
+        taken = None if steps is None or cost is None else cost * steps
+        record[f"{unit}_to_target"] = taken
+    record["steps"] = None if final is None else int(final.history.steps[-1])
+    record["gradient_evaluations_per_step"] = outcome.cost_per_step["gradient_evaluations"]
+    record["seconds_per_step"] = outcome.seconds_per_step
     record["training_seconds"] = outcome.seconds
     record["compile_seconds"] = outcome.compile_seconds
     record["compilations"] = outcome.compilations

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from optgrad import registry
 from optgrad.core import checks
-from optgrad.experiments import catalogue, data, models, user_problems
+from optgrad.experiments import budgets, catalogue, data, models, search_space, user_problems
 from optgrad.experiments import features as features_lib
 from optgrad.experiments.schedules import ScheduleConfig
 
@@ -62,6 +62,7 @@ class OptimizerConfig(_Model):
     label: str = ""
     hyperparams: dict[str, Any] = {}
     rates: Rates = None
+    space: dict[str, search_space.Dimension] = {}
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -73,9 +74,11 @@ class OptimizerConfig(_Model):
         method = registry.get_method(self.method)
         for name in self.hyperparams:
             method.check_hyperparameter(name)
+        search_space.check(method, self.space, self.hyperparams)
         tuned = {method.tunes.hyperparameter: method.tunes.low} if method.tunes else {}
         try:  # a value that the method refuses is found here and not after hours of training
-            method.factory(**{**tuned, **self.hyperparams})
+            if not self.space:  # with one it is tried within the space
+                method.factory(**{**tuned, **self.hyperparams})
         except (TypeError, ValueError) as error:
             raise ValueError(f"hyperparams = {self.hyperparams}: {error}") from error
         if not self.label:
@@ -86,6 +89,8 @@ class OptimizerConfig(_Model):
             raise ValueError(
                 f"rates = {list(self.rates)}; accepted: none, {self.label} has nothing to tune"
             )
+        if self.rates and self.space:
+            raise ValueError(f"rates = {list(self.rates)}; accepted: none, beside a space")
         return self
 
 
@@ -94,14 +99,43 @@ class TuningConfig(_Model):
 
     ``"search"`` is the protocol of Balles & Hennig, appendix A.2: find the largest stable value,
     then search downwards over ``decades`` at 6, 3 and 1 × 10^m. ``"grid"`` trains every value of
-    ``rates`` (default: the method's whole range) with every seed, in one batch of runs.
+    ``rates`` (default: the method's whole range) with every seed, in one batch of runs; of an
+    optimizer with a ``space`` every point of it with ``seeds``, and the best one with fresh seeds.
+    So do ``"random"`` and ``"halton"``, at ``samples`` points of the space (default: the method's
+    whole range) that ``sample_seed`` determines.
     """
 
-    protocol: Literal["search", "grid", "none"] = "search"
+    protocol: Literal["search", "grid", "random", "halton", "none"] = "search"
     rates: Rates = None
+    samples: PositiveInt | None = None
+    sample_seed: Annotated[int, Field(strict=True, ge=0)] = 0
     decades: Annotated[float, Field(gt=0, le=12)] = 2.0
     seeds: PositiveInt = 1
     select_by: str = ""  # the validation split and the problem's score, where there are both
+
+    @pydantic.model_validator(mode="after")
+    def _of_its_protocol(self) -> "TuningConfig":
+        if self.samples is None and self.draws_points:
+            raise ValueError(
+                f"tuning.samples = None; accepted: how many points protocol = {self.protocol!r} "
+                "draws for each optimizer"
+            )
+        if self.samples is not None and not self.draws_points:
+            raise ValueError(
+                f"tuning.samples = {self.samples}; accepted: with protocol = 'random' or 'halton' "
+                f"only, and not with {self.protocol!r}"
+            )
+        if self.rates and self.draws_points:
+            raise ValueError(
+                f"tuning.rates = {list(self.rates)}; accepted: none with protocol = "
+                f"{self.protocol!r}, which draws values from the optimizer's space"
+            )
+        return self
+
+    @property
+    def draws_points(self) -> bool:
+        """Whether the values are drawn, and not given."""
+        return self.protocol in {"random", "halton"}
 
 
 class CompareConfig(_Model):
@@ -122,6 +156,9 @@ class CompareConfig(_Model):
         OptimizerConfig(method=name) for name in PAPER_METHODS
     )
     steps: PositiveInt = 1000
+    budget: Literal["steps", "gradient_evaluations", "seconds"] = "steps"
+    budget_seconds: PositiveFloat | None = None  # of each run
+    measure_seconds: bool = False  # of a step; a budget in seconds does
     eval_every: PositiveInt | None = None
     batch_size: PositiveInt = 64
     seeds: PositiveInt = 5
@@ -137,6 +174,7 @@ class CompareConfig(_Model):
         Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(strict=True, ge=0, lt=1)]
     ) = 0.15
     tuning: TuningConfig = TuningConfig()
+    published_defaults: bool = False
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     vectorize: Literal["auto", "vmap", "map"] = "auto"
     microbatch_size: PositiveInt | None = None
@@ -154,7 +192,41 @@ class CompareConfig(_Model):
     def _what_applies(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the fields of the other kind of problem, which would be refused with it."""
         other = IMAGE_FIELDS if self.problem else PROBLEM_FIELDS
+        other |= {"steps"} if self.budget == "seconds" else set()
         return {name: value for name, value in handler(self).items() if name not in other}
+
+    def length(self, optimizer: OptimizerConfig) -> budgets.Length:
+        """How long a run of an optimizer is; of a budget in seconds, one interval of it."""
+        assert self.eval_every is not None  # resolved
+        if self.budget == "seconds":
+            return budgets.Length(self.eval_every, self.eval_every)
+        if self.budget == "steps":
+            return budgets.Length(self.steps, self.eval_every)
+        cost = registry.get_method(optimizer.method).cost
+        return budgets.of_gradient_evaluations(self.steps, self.eval_every, cost)
+
+    def points(self, optimizer: OptimizerConfig) -> list[search_space.Point]:
+        """The points of an optimizer's search space; none where no space is tuned over."""
+        method, tuning = registry.get_method(optimizer.method), self.tuning
+        space: search_space.Space = optimizer.space
+        if tuning.draws_points and not space and self.tunes(optimizer):
+            assert method.tunes is not None
+            space = search_space.default_space(method.tunes)
+        if not space:
+            return []
+        ordered = search_space.ordered(space, method)
+        return search_space.points(ordered, tuning.protocol, tuning.samples, tuning.sample_seed)
+
+    def tunes(self, optimizer: OptimizerConfig) -> tuple[str, ...]:
+        """The hyperparameters that are tuned: none if they are fixed, or there are none."""
+        method = registry.get_method(optimizer.method)
+        if self.tuning.protocol == "none":
+            return ()
+        if optimizer.space:
+            return tuple(search_space.ordered(optimizer.space, method))
+        if method.tunes is None or method.tunes.hyperparameter in optimizer.hyperparams:
+            return ()
+        return (method.tunes.hyperparameter,)
 
     @property
     def updates(self) -> int:
@@ -163,10 +235,14 @@ class CompareConfig(_Model):
 
     @property
     def features(self) -> features_lib.Features:
-        """What surrounds each method."""
-        schedule = None if self.schedule.is_constant else self.schedule.factor_at(self.updates)
+        """What surrounds each method, in a run of ``steps`` steps."""
+        return self.features_over(self.steps)
+
+    def features_over(self, steps: int) -> features_lib.Features:
+        """What surrounds a method in a run of so many steps."""
+        constant, updates = self.schedule.is_constant, steps // self.accumulate
         return features_lib.Features(
-            schedule=schedule,
+            schedule=None if constant else self.schedule.factor_at(updates),
             weight_decay=self.weight_decay,
             ema=self.ema,
             accumulate=self.accumulate,
@@ -179,9 +255,12 @@ class CompareConfig(_Model):
             self._check_problem()
         else:
             self._check_images()
+        self._check_budget()
         self._resolve_intervals()
         for optimizer in self.optimizers:
-            self.features.check(registry.get_method(optimizer.method))
+            steps = self.length(optimizer).steps
+            self.features_over(steps).check(registry.get_method(optimizer.method))
+            self._check_protocol(optimizer)
         if self.tuning.protocol == "none":
             for optimizer in self.optimizers:
                 method = registry.get_method(optimizer.method)
@@ -202,6 +281,37 @@ class CompareConfig(_Model):
                 "accepted: a positive validation, or tuning.select_by = 'test_accuracy'"
             )
         return self
+
+    def _check_budget(self) -> None:
+        in_seconds = self.budget == "seconds"
+        if in_seconds and self.budget_seconds is None:
+            raise ValueError("budget_seconds = None; accepted: the seconds of a run")
+        if self.budget_seconds is not None and not in_seconds:
+            raise ValueError(
+                f"budget_seconds = {self.budget_seconds:g}; accepted: with budget = 'seconds' only"
+            )
+        if in_seconds and not self.schedule.is_constant:
+            raise ValueError(
+                f"schedule.kind = {self.schedule.kind!r}; accepted with budget = 'seconds': a "
+                "constant rate, as the number of steps is not known before"
+            )
+        if self.budget == "gradient_evaluations" and self.accumulate > 1:
+            raise ValueError(
+                f"accumulate = {self.accumulate}; accepted with budget = 'gradient_evaluations': 1"
+            )
+
+    def _check_protocol(self, optimizer: OptimizerConfig) -> None:
+        protocol = self.tuning.protocol
+        if optimizer.space and protocol in {"search", "none"}:
+            raise ValueError(
+                f"tuning.protocol = {protocol!r}: {optimizer.label} has a space; accepted with "
+                "it: 'grid', 'random' or 'halton'"
+            )
+        if optimizer.rates and self.tuning.draws_points:
+            raise ValueError(
+                f"rates = {list(optimizer.rates)} of {optimizer.label}; accepted: none with "
+                f"protocol = {protocol!r}, which draws values from the optimizer's space"
+            )
 
     def _check_images(self) -> None:
         for name in sorted(PROBLEM_FIELDS & self.model_fields_set):
@@ -232,37 +342,57 @@ class CompareConfig(_Model):
 
     def _resolve_intervals(self) -> None:
         """Every run is made of whole intervals, and these of whole updates."""
-        if self.steps % self.accumulate:
+        if self.budget == "seconds":
+            self._check_interval_of_seconds()
+        elif self.steps % self.accumulate:
             raise ValueError(
                 f"steps = {self.steps} is not a multiple of accumulate = {self.accumulate}"
             )
-        if self.eval_every is None:
+        elif self.eval_every is None:
             most = next(n for n in range(_EVALUATIONS, 0, -1) if self.updates % n == 0)
             object.__setattr__(self, "eval_every", self.steps // most)
         elif self.steps % self.eval_every:
             raise ValueError(
                 f"steps = {self.steps} is not a multiple of eval_every = {self.eval_every}"
             )
-        elif self.eval_every % self.accumulate:
+        if self.eval_every is not None and self.eval_every % self.accumulate:
             raise ValueError(
                 f"eval_every = {self.eval_every} is not a multiple of accumulate = "
                 f"{self.accumulate}, so that evaluations would fall within an update"
             )
 
+    def _check_interval_of_seconds(self) -> None:
+        if "steps" in self.model_fields_set:
+            raise ValueError(
+                f"steps = {self.steps}; accepted: none with budget = 'seconds', which determines it"
+            )
+        if self.eval_every is None:
+            raise ValueError("eval_every = None; accepted with budget = 'seconds': a number")
+
 
 def expected_steps(config: CompareConfig, optimizer: OptimizerConfig) -> int:
-    """About how many training steps an optimizer will take, for progress bars."""
-    tunable = registry.get_method(optimizer.method).tunes
-    fixed = tunable is None or tunable.hyperparameter in optimizer.hyperparams
-    if config.tuning.protocol == "none" or tunable is None or fixed:
-        return config.steps * config.seeds
+    """About how many training steps an optimizer will take, for progress bars.
+
+    Under a budget in seconds nobody knows, and it is 0.
+    """
+    if config.budget == "seconds":
+        return 0
+    steps, eval_every = config.length(optimizer)
+    method = registry.get_method(optimizer.method)
+    defaults = config.published_defaults and method.runs_at_published_defaults
+    final = steps * config.seeds
+    known = final if defaults else 0
+    if points := config.points(optimizer):
+        return known + final + steps * len(points) * config.tuning.seeds
+    if not config.tunes(optimizer) or method.tunes is None:
+        return known + final
     rates = optimizer.rates or config.tuning.rates
     if config.tuning.protocol == "grid":
-        decades = math.log10(tunable.high / tunable.low)
-        return config.steps * config.seeds * (len(rates) if rates else round(3 * decades) + 1)
+        decades = math.log10(method.tunes.high / method.tunes.low)
+        return known + final * (len(rates) if rates else round(3 * decades) + 1)
     tried = len(rates) if rates else round(3 * config.tuning.decades) + 1
-    trials = 3 * (config.eval_every or 0)  # values found unstable, one interval each
-    return trials + config.steps * (tried * config.tuning.seeds + config.seeds)
+    trials = 3 * eval_every  # values found unstable, one interval each
+    return known + trials + final + steps * tried * config.tuning.seeds
 
 
 def load_config(
@@ -321,11 +451,32 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    if path[0] == "optimizers" and len(path) > 1:
+        names = [optimizer.method for optimizer in CompareConfig().optimizers]
+        given = tree.setdefault("optimizers", names)
+        if not isinstance(given, list):
+            raise ConfigError(f"{'.'.join(path)}: optimizers is not a list")
+        tree["optimizers"] = [{"method": o} if isinstance(o, str) else dict(o) for o in given]
+        tree, path = _optimizer_of(tree["optimizers"], path), path[2:]
+        if not path:
+            raise ConfigError("an override of an optimizer names a field of it")
     for part in path[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"{'.'.join(path)}: {part} is not a table")
     tree[path[-1]] = value
+
+
+def _optimizer_of(given: list[dict[str, Any]], path: list[str]) -> dict[str, Any]:
+    """The table of one optimizer: by its label, its method's name, or its number from 0."""
+    for key in ("label", "method"):
+        for optimizer in given:
+            if isinstance(optimizer, dict) and optimizer.get(key) == path[1]:
+                return optimizer
+    if path[1].isdecimal() and int(path[1]) < len(given):
+        return given[int(path[1])]
+    known = [str(o.get("label") or o.get("method")) for o in given]
+    raise ConfigError(f"{'.'.join(path)}: no such optimizer; {checks.did_you_mean(path[1], known)}")
 
 
 def _find_problem_beside(tree: dict[str, Any], folder: Path) -> None:
@@ -357,6 +508,8 @@ def _fields(path: list[str]) -> Iterable[str]:
         return TuningConfig.model_fields
     if path[:1] == ["schedule"]:
         return ScheduleConfig.model_fields
+    if "space" in path:
+        return search_space.Interval.model_fields
     if path[:1] == ["optimizers"]:
         return OptimizerConfig.model_fields
     return CompareConfig.model_fields

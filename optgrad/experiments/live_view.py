@@ -16,7 +16,7 @@ from rich.progress import (
 from rich.text import Text
 
 from optgrad.experiments import config as config_lib
-from optgrad.experiments import terminal
+from optgrad.experiments import search_space, terminal
 from optgrad.experiments.scores import ACCURACY
 
 
@@ -35,7 +35,9 @@ class LiveView:
             TextColumn("left, {task.fields[rate]:.0f} steps/s"),
         )
         self.expected = [config_lib.expected_steps(settings, o) for o in settings.optimizers]
-        self.task = self.progress.add_task("compiling", total=sum(self.expected), rate=0.0)
+        self.intervals = {o.label: settings.length(o).eval_every for o in settings.optimizers}
+        total = sum(self.expected) or None  # nobody knows how many steps fit into seconds
+        self.task = self.progress.add_task("compiling", total=total, rate=0.0)
         self.best: dict[str, tuple[str, dict[str, Any]]] = {}
         self.diverged: dict[str, set[tuple[str, str, int]]] = {}
         self.started = time.monotonic()
@@ -50,15 +52,15 @@ class LiveView:
             terminal.errors.print(
                 f"{elapsed:6.0f} s  {label}: {stage}", markup=False, highlight=False
             )
-        interval = (self.settings.eval_every or 0) if record["step"] else 0
+        interval = self.intervals.get(label, 0) if record["step"] else 0
         self.steps += interval
         if label not in self.best:  # its predecessors are finished, whatever they were expected
             self.best[label] = (stage, dict(record))
-            completed = sum(self.expected[: len(self.best) - 1])
-            self.progress.update(self.task, completed=completed)
+            if completed := sum(self.expected[: len(self.best) - 1]):
+                self.progress.update(self.task, completed=completed)
         if record["diverged_at"]:
             runs = self.diverged.setdefault(label, set())
-            runs.add((stage, f"{record['value']:g}", int(record["seed"])))
+            runs.add((stage, search_space.text(record["value"]), int(record["seed"])))
         self.score = record.get("score", self.score)
         sign, name = self.score.sign(self.score.name), self.score.name
         best = self.best[label][1][name]
@@ -67,8 +69,8 @@ class LiveView:
         self.progress.update(
             self.task,
             advance=interval,
-            description=f"{label}: {stage} {record['value']:g}, seed {record['seed']}, "
-            f"step {record['step']}",
+            description=f"{label}: {stage} {search_space.text(record['value'])}, "
+            f"seed {record['seed']}, step {record['step']}",
             rate=self.steps / max(time.monotonic() - self.started, 1e-9),
         )
 
@@ -80,7 +82,7 @@ class LiveView:
             [
                 label,
                 stage,
-                f"{record['value']:g}",
+                search_space.text(record["value"]),
                 str(record["step"]),
                 self.score.text(record[self.score.name]),
                 str(len(self.diverged.get(label, ()))),

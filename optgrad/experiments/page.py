@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from optgrad.experiments import across, plots, profiles, report, statistics, tuning
+from optgrad.experiments import across, plots, profiles, report, search_space, statistics, tuning
 from optgrad.experiments.compare import Comparison, Outcome
 from optgrad.experiments.results import plain_json
 from optgrad.experiments.stored import Study
@@ -110,7 +110,7 @@ def _study(comparison: Comparison) -> dict[str, Any]:
 
 
 def _stages(comparison: Comparison) -> list[str]:
-    names = [stage.name for o in comparison.outcomes for stage in o.tuned.stages]
+    names = [stage.name for o in comparison.outcomes for stage in o.stages]
     return [FINAL, *dict.fromkeys(name for name in names if name != "replication")]
 
 
@@ -118,32 +118,34 @@ def _lines(comparison: Comparison, stage: str, metric: str) -> Iterator[dict[str
     """One line for each optimizer and value that has runs which did not diverge."""
     unit = _unit(metric, comparison)
     for outcome in comparison.outcomes:
-        for value, runs in _runs(outcome, stage):
+        for point, runs in _runs(outcome, stage):
             if band := plots.band(runs.history, metric):
                 yield {
                     "label": outcome.config.label,
-                    "name": "" if np.isnan(value) else f"{value:g}",
-                    "chosen": bool(np.isnan(value) or value == outcome.tuned.best),
+                    "name": ", ".join(map(search_space.text, point)),
+                    "chosen": point in ((), tuple(outcome.tuned.chosen.values())),
                     **_numbers(band, unit),
                 }
 
 
-def _runs(outcome: Outcome, stage: str) -> Iterator[tuple[float, tuning.Stage]]:
-    """Value -> its runs in a stage."""
+def _runs(outcome: Outcome, stage: str) -> Iterator[tuple[tuple[Any, ...], tuning.Stage]]:
+    """Values of what was tuned, () where nothing was, and their runs in a stage."""
     if stage == FINAL:
         found = [outcome.tuned.final] if outcome.tuned.final else []
     else:
-        found = [one for one in outcome.tuned.stages if one.name == stage]
+        found = [one for one in outcome.stages if one.name == stage]
     for one in found:
-        # NaN, where nothing is tuned, is not equal to itself.
-        for value in dict.fromkeys(one.values.tolist()) if stage != FINAL else one.values[:1]:
-            yield value, one if stage == FINAL else tuning.runs_at(one, value)
+        # NaN, which is not equal to itself, stands where nothing is tuned.
+        points = [() if point[0] != point[0] else point for point in one.points]
+        for point in dict.fromkeys(points):
+            yield point, tuning.runs_where(one, np.array([other == point for other in points]))
 
 
 def _sensitivity(comparison: Comparison) -> Iterator[dict[str, Any]]:
     select_by = comparison.config.tuning.select_by
     for outcome in comparison.outcomes:
-        if band := plots.tried(outcome, select_by, comparison.score):
+        band = plots.tried(outcome, select_by, comparison.score)
+        if band is not None and band.places.dtype != object:  # its axis is one of numbers
             numbers = _numbers(band, _unit(select_by, comparison))
             best = outcome.tuned.best
             yield {"label": outcome.config.label, "best": best, **numbers}

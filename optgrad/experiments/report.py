@@ -4,9 +4,10 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from optgrad.experiments import statistics
+from optgrad.experiments import plots, search_space, statistics, study_report
 from optgrad.experiments.compare import Comparison
 from optgrad.experiments.scores import Score
+from optgrad.experiments.tuning import Stage
 
 
 def table(comparison: Comparison) -> tuple[Sequence[str], list[list[str]]]:
@@ -16,16 +17,19 @@ def table(comparison: Comparison) -> tuple[Sequence[str], list[list[str]]]:
         score.name: (score.heading, score.text),
         **{name: (text, _loss_text(score)) for name, text in _LOSSES.items() if name != score.name},
     }
+    unit, defaults = comparison.config.budget, comparison.config.published_defaults
     header = (
-        "optimizer", "best rate", *(heading for heading, _ in columns.values()), "steps to target",
-        "seeds",
+        "optimizer", "best rate", *(heading for heading, _ in columns.values()),
+        *(["at published defaults"] if defaults else []),
+        f"{unit.replace('_', ' ')} to target", "seeds",
     )  # fmt: skip
     rows = [
         [
             record["optimizer"],
             _rate(record),
             *(mean_sd(record, name, text) for name, (_, text) in columns.items()),
-            "–" if record["steps_to_target"] is None else f"{record['steps_to_target']:g}",
+            *([mean_sd(record, f"published_{score.name}", score.text)] if defaults else []),
+            "–" if record[f"{unit}_to_target"] is None else f"{record[f'{unit}_to_target']:.5g}",
             _seeds(record),
         ]
         for record in comparison.summary()
@@ -46,7 +50,8 @@ def _rate(record: Mapping[str, Any]) -> str:
         return "not tuned"
     if record["best"] is None:
         return "none stable"
-    return f"{record['best']:g}" + (" (edge)" if record["at_edge"] else "")
+    chosen = search_space.text_of({record["tuned"]: record["best"], **record["others"]})
+    return chosen + (" (edge)" if record["at_edge"] else "")
 
 
 def _seeds(record: Mapping[str, Any]) -> str:
@@ -89,9 +94,8 @@ def section(
     lines = [markdown_table(*table(comparison)), "", explanation(comparison), ""]
     if text := surroundings(comparison):
         lines += [text, ""]
-    lines += [f"![curves]({pictures}curves.svg)", ""]
-    if any(outcome.tuned.hyperparameter for outcome in comparison.outcomes):
-        lines += [f"![sensitivity]({pictures}sensitivity.svg)", ""]
+    for name in plots.names(comparison):
+        lines += [f"![{name.replace('_', ' ')}]({pictures}{name}.svg)", ""]
     lines += [f"{level} Who is ahead", "", verdict(comparison), ""]
     if comparison.ranking().differences:
         lines += [markdown_table(*rivals(comparison)), "", statistics.RULE, ""]
@@ -101,6 +105,9 @@ def section(
         markdown_table(*medians(comparison)),
     ]
     lines += ["", f"{level} How the rates were chosen", "", *protocol(comparison), ""]
+    for part in study_report.sections(comparison):
+        lines += [f"{level} {part.title}", "", markdown_table(part.header, part.rows), ""]
+        lines += [part.text, ""]
     lines += [f"{level} Cost", "", *(f"- {line}" for line in costs(comparison)), ""]
     lines += [f"{level} Environment", ""]
     return [*lines, *(f"- {name}: {value}" for name, value in environment.items()), ""]
@@ -109,10 +116,12 @@ def section(
 def explanation(comparison: Comparison) -> str:
     """What the numbers of the table are."""
     config, score = comparison.config, comparison.score
+    unit = config.budget.replace("_", " ")
+    every = "gradient evaluations" if config.budget == "gradient_evaluations" else "steps"
     return (
-        f"Mean ± standard deviation over seeds, after {config.steps} steps of batch size "
-        f"{config.batch_size}. Steps to target: median over seeds of the first evaluation (every "
-        f"{config.eval_every} steps) with a {score.title} of at "
+        f"Mean ± standard deviation over seeds, after {study_report.budget(config)} of batch size "
+        f"{config.batch_size}. {unit.capitalize()} to target: median over seeds of the first "
+        f"evaluation (every {config.eval_every} {every}) with a {score.title} of at "
         f"{'least' if score.larger_is_better else 'most'} {score.text(comparison.target)}"
         f"{' %' if score.in_percent else ''}; a dash where most seeds never reach it. "
         "Training loss: mean over the minibatches since the last evaluation"
@@ -124,7 +133,7 @@ def costs(comparison: Comparison) -> list[str]:
     """What each optimizer took."""
     return [
         f"{outcome.config.label}: {outcome.seconds:.1f} s of training and evaluation in "
-        f"{sum(len(s.seeds) for s in outcome.tuned.stages)} runs, "
+        f"{sum(len(s.seeds) for s in outcome.stages)} runs, "
         f"{outcome.compilations} compilation(s) of the training step, "
         f"{outcome.compile_seconds:.1f} s of compiling"
         for outcome in comparison.outcomes
@@ -213,8 +222,15 @@ def protocol(comparison: Comparison) -> list[str]:
             f"then {tuning.decades:g} decades below it were searched at 6, 3, 1 × 10^m with "
             f"{tuning.seeds} seed(s) (Balles & Hennig, appendix A.2). The final seeds are others."
         )
-    elif tuning.protocol == "grid":
+    elif tuning.protocol == "grid" and not all(o.space for o in comparison.config.optimizers):
         lines.append("Every value of the grid was trained with every seed.")
+    elif tuning.draws_points:
+        how = "independently at random" if tuning.protocol == "random" else "from a Halton sequence"
+        lines.append(
+            f"{tuning.samples} points were drawn {how} (seed {tuning.sample_seed}) and trained "
+            f"with {tuning.seeds} seed(s) each. The final seeds are others."
+        )
+    lines += study_report.spaces(comparison)
     if tuning.protocol != "none":
         lines.append(f"Chosen by the best {tuning.select_by.replace('_', ' ')} reached.")
         if tuning.select_by.startswith("test") and not comparison.score.is_exact:
@@ -223,14 +239,20 @@ def protocol(comparison: Comparison) -> list[str]:
         lines.append("(edge): the best value is the last one tried; a better one may lie beyond.")
     for outcome in comparison.outcomes:
         diverged = [
-            f"{value:g} (step {at})"
-            for stage in outcome.tuned.stages
-            for value, at in zip(stage.values, stage.history.diverged_at, strict=True)
+            f"{_point_text(stage, point)} (step {at})"
+            for stage in outcome.stages
+            for point, at in zip(stage.points, stage.history.diverged_at, strict=True)
             if at
         ]
         if diverged:
             lines.append(f"{outcome.config.label} diverged at: {', '.join(diverged)}.")
     return lines or ["Nothing was tuned."]
+
+
+def _point_text(stage: Stage, point: Sequence[Any]) -> str:
+    if stage.name == "published":
+        return "the published defaults"
+    return search_space.text_of(dict(zip(("", *stage.others), point, strict=True)))
 
 
 def _command() -> str:

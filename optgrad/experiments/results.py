@@ -4,7 +4,7 @@ That of a comparison holds:
 
 ``config.toml`` (resolved: the same command again), ``metrics.csv`` (every run at every evaluation),
 ``summary.csv``, ``summary.json`` (with the configuration, the environment and who is ahead),
-``environment.json``, ``curves`` and ``sensitivity`` as SVG and PNG, ``report.md``;
+``environment.json``, the pictures as SVG and PNG, ``report.md``;
 with ``tensorboard`` event files below a folder of that name; and of a user's problem the Python
 file.
 """
@@ -135,11 +135,12 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
     rows = [
         {"optimizer": outcome.config.label, **row}
         for outcome in comparison.outcomes
-        for stage in outcome.tuned.stages
+        for stage in outcome.stages
         for row in stage.rows()
     ]
     write_csv(folder / METRICS, rows)
-    write_csv(folder / "summary.csv", comparison.summary())
+    summary = comparison.summary()
+    write_csv(folder / "summary.csv", summary)
     environment = describe_environment()
     _write_json(folder / "environment.json", environment)
     everything = {
@@ -149,7 +150,7 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
         "target": comparison.target,
         "config": config,
         "environment": environment,
-        "summary": comparison.summary(),
+        "summary": summary,
         "ranking": dataclasses.asdict(comparison.ranking()),
     }
     _write_json(folder / SUMMARY, everything)
@@ -175,9 +176,10 @@ def plain_json(content: Any) -> Any:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One record a line, under the first record's keys."""
+    """One record a line, under the keys of all records; empty where one has no such key."""
+    columns = dict.fromkeys(name for row in rows for name in row)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

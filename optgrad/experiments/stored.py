@@ -19,7 +19,8 @@ from optgrad.experiments.engine import History
 from optgrad.experiments.results import FORMAT, MARKER, METRICS, SUMMARY, ResultsError
 from optgrad.experiments.scores import Score
 
-_KEYS = ("optimizer", "stage", "value", "seed", "step", "diverged_at")  # the rest are metrics
+_KEYS = ("optimizer", "stage", "value", "seed", "step", "diverged_at")
+_HYPERPARAMS = "hyperparams."  # columns of further tuned ones; the rest are metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +133,19 @@ def _outcome(
     first = stages[0]
     history = first.history._replace(seconds=float(row["training_seconds"]))
     stages = (dataclasses.replace(first, history=history), *stages[1:])
+    published = next((stage for stage in stages if stage.name == "published"), None)
+    stages = tuple(stage for stage in stages if stage is not published)
     final = next((stage for stage in stages if stage.name == "replication"), None)
     if final is None and row["best"] is not None:  # of a grid
         final = tuning.runs_at(stages[-1], row["best"])
-    tuned = tuning.Tuned(row["tuned"] or None, row["best"], row["at_edge"], stages, final)
+    tuned = tuning.Tuned(
+        row["tuned"] or None, row["best"], row["at_edge"], stages, final, row["others"]
+    )
     seconds, compiling = float(row["training_seconds"]), float(row["compile_seconds"])
-    return Outcome(config, tuned, int(row["compilations"]), seconds, compiling)
+    return Outcome(
+        config, tuned, int(row["compilations"]), seconds, compiling, row["seconds_per_step"],
+        published,
+    )  # fmt: skip
 
 
 def _stages(path: Path) -> dict[str, list[tuning.Stage]]:
@@ -171,12 +179,28 @@ def _batch_of(run: Run) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _stage(name: str, runs: Sequence[Run]) -> tuning.Stage:
-    metrics = [column for column in runs[0][0] if column not in _KEYS]
+    # Columns of what other optimizers tune are empty.
+    others = [k for k, text in runs[0][0].items() if k.startswith(_HYPERPARAMS) and text]
+    metrics = [k for k in runs[0][0] if k not in _KEYS and not k.startswith(_HYPERPARAMS)]
     history = History(
         np.array([int(row["step"]) for row in runs[0]]),
         {m: np.array([[float(row[m]) for row in run] for run in runs]) for m in metrics},
         np.array([int(run[-1]["diverged_at"]) for run in runs]),
         math.nan,
     )
-    values = np.array([float(run[0]["value"]) for run in runs])
-    return tuning.Stage(name, values, np.array([int(run[0]["seed"]) for run in runs]), history)
+    seeds = np.array([int(run[0]["seed"]) for run in runs])
+    values, *further = (
+        tuning.column([_value(run[0][k]) for run in runs]) for k in ("value", *others)
+    )
+    names = [k.removeprefix(_HYPERPARAMS) for k in others]
+    return tuning.Stage(name, values, seeds, history, dict(zip(names, further, strict=True)))
+
+
+def _value(text: str) -> Any:
+    """A hyperparameter's value, of the type that it had."""
+    for read in (int, float, {"True": True, "False": False}.__getitem__):
+        try:
+            return read(text)
+        except (ValueError, KeyError):
+            continue
+    return text

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from optgrad.experiments import checkpoint
+from optgrad.experiments import checkpoint, search_space
 from optgrad.experiments.engine import History, Runs, Trainer
 from optgrad.experiments.scores import ACCURACY, Score
 
 MANTISSAS = (6.0, 3.0, 1.0)
+
+OnInterval = Callable[[str, Mapping[str, Any]], None]  # stage, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +31,24 @@ class Stage:
     values: np.ndarray  # tuned hyperparameter of each run [R]; NaN where nothing is tuned
     seeds: np.ndarray  # [R]
     history: History
+    others: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    # Further tuned hyperparameters, by name, each [R].
+
+    @property
+    def points(self) -> list[tuple[Any, ...]]:
+        """Of each run the values of all tuned hyperparameters, the main one first."""
+        columns = (self.values, *self.others.values())
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One record per run and evaluation."""
-        for run, (value, seed) in enumerate(zip(self.values, self.seeds, strict=True)):
+        for run, (point, seed) in enumerate(zip(self.points, self.seeds, strict=True)):
+            value, *others = point
             for column, step in enumerate(self.history.steps):
                 yield {
                     "stage": self.name,
-                    "value": float(value),
+                    "value": value,
+                    **{f"hyperparams.{k}": v for k, v in zip(self.others, others, strict=True)},
                     "seed": int(seed),
                     "step": int(step),
                     **{k: float(v[run, column]) for k, v in self.history.metrics.items()},
@@ -49,19 +61,28 @@ class Tuned:
     """The outcome for one optimizer.
 
     Attributes:
-      hyperparameter: what was tuned, or None.
+      hyperparameter: what was tuned, the main one of several, or None.
       best: its chosen value, or None if nothing was tuned or no value was stable.
       at_edge: whether the best is the lowest or highest value tried, so that a better one may lie
         outside (the largest *stable* value is no edge).
       stages: all runs, in order.
       final: the runs at the best value whose mean and spread are reported; None if there are none.
+      others: further tuned hyperparameters and their chosen values.
     """
 
     hyperparameter: str | None
-    best: float | None
+    best: Any  # nearly always a float
     at_edge: bool
     stages: tuple[Stage, ...]
     final: Stage | None
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def chosen(self) -> search_space.Point:
+        """All chosen values by name, the main one first; empty if there are none."""
+        if self.hyperparameter is None or self.best is None:
+            return {}
+        return {self.hyperparameter: self.best, **self.others}
 
 
 def rate_grid(low: float, high: float) -> np.ndarray:
@@ -87,7 +108,7 @@ def tune(
     tuning_seeds: int = 1,
     select_by: str = "validation_accuracy",
     score: Score = ACCURACY,
-    on_interval: Callable[[str, Mapping[str, Any]], None] | None = None,
+    on_interval: OnInterval | None = None,
     waves: checkpoint.Waves | None = None,
 ) -> Tuned:
     """Tunes an optimizer's hyperparameter and replicates the best value.
@@ -106,25 +127,14 @@ def tune(
       waves: where the runs are kept as they go, and come from if they were interrupted.
     """
     tunable = trainer.method.tunes
+    if protocol == "none":
+        tunable = None
 
     def run(name: str, values: Sequence[float], run_seeds: Sequence[int], length: int) -> Stage:
-        pairs = list(itertools.product(values, run_seeds))
-        value_of, seed_of = (np.array(column) for column in zip(*pairs, strict=True))
-        hyperparams = {tunable.hyperparameter: value_of} if tunable and protocol != "none" else {}
+        points = [{tunable.hyperparameter: value} for value in values] if tunable else [{}]
+        return run_stage(name, points, run_seeds, length, lambda _: trainer, on_interval, waves)
 
-        def report(index: int, step: int, metrics: Mapping[str, float]) -> None:
-            if on_interval:
-                record = {"value": value_of[index], "seed": seed_of[index], "step": step}
-                on_interval(name, record | dict(metrics))
-
-        return Stage(
-            name,
-            value_of,
-            seed_of,
-            trainer.train(Runs(hyperparams, seed_of), length, report, waves),
-        )
-
-    if tunable is None or protocol == "none":
+    if tunable is None:
         final = run("replication", [math.nan], range(seeds), steps)
         return Tuned(None, None, False, (final,), final)
 
@@ -161,6 +171,81 @@ def tune(
     return Tuned(tunable.hyperparameter, best, at_edge, tuple(stages), stages[-1])
 
 
+def run_stage(  # noqa: PLR0917  as of a batch of runs: what, which, how long
+    name: str,
+    points: Sequence[search_space.Point],
+    seeds: Sequence[int],
+    steps: int,
+    trainer_of: Callable[[search_space.Point], Trainer],
+    on_interval: OnInterval | None = None,
+    waves: checkpoint.Waves | None = None,
+) -> Stage:
+    """Trains every point with every seed; points of one trainer in one batch of runs.
+
+    Args:
+      name: of the stage.
+      points: hyperparameter -> value, the same hyperparameters in each.
+      seeds: of the runs.
+      steps: of each run.
+      trainer_of: the trainer of a point; static hyperparameters are its own.
+      on_interval: called with (stage, record) after every evaluation of every run.
+      waves: where the runs are kept as they go, and come from if they were interrupted.
+    """
+    runs = list(itertools.product(points, seeds))
+    groups: dict[Trainer, list[int]] = {}
+    for index, (point, _) in enumerate(runs):
+        groups.setdefault(trainer_of(point), []).append(index)
+    histories = []
+    for trainer, rows in groups.items():
+        traced = [k for k in points[0] if k not in trainer.method.static_args]
+        columns = {k: np.array([runs[row][0][k] for row in rows]) for k in traced}
+
+        def report(
+            row: int, step: int, metrics: Mapping[str, float], rows: Sequence[int] = rows
+        ) -> None:
+            if on_interval:
+                point, seed = runs[rows[row]]
+                record = {"value": _label(point), "seed": seed, "step": step}
+                on_interval(name, record | dict(metrics))
+
+        chosen = Runs(columns, np.array([runs[row][1] for row in rows]))
+        histories.append(trainer.train(chosen, steps, report, waves))
+    history = _merged(histories, list(itertools.chain(*groups.values())))
+    seed_of = np.array([seed for _, seed in runs])
+    values = {k: column([point[k] for point, _ in runs]) for k in points[0]}
+    values = values or {"": np.full(len(runs), math.nan)}
+    main, *others = values
+    return Stage(name, values[main], seed_of, history, {k: values[k] for k in others})
+
+
+def _label(point: search_space.Point) -> Any:
+    """The value of a run for whoever watches: a number where that says it all."""
+    if len(point) > 1:
+        return search_space.text_of(point)
+    return next(iter(point.values()), math.nan)
+
+
+def column(values: Sequence[Any]) -> np.ndarray:
+    """Values of runs as an array: real numbers as floats, anything else as it is."""
+    are_real = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    are_counts = all(isinstance(v, int) for v in values)
+    return np.array(values, float if are_real and not are_counts else object)
+
+
+def _merged(histories: Sequence[History], rows: Sequence[int]) -> History:
+    """The histories of several batches as that of one, with its runs in the order of ``rows``."""
+    if len(histories) == 1:
+        return histories[0]
+    order = np.argsort(rows)
+    first = histories[0]
+    return History(
+        first.steps,
+        {k: np.concatenate([h.metrics[k] for h in histories])[order] for k in first.metrics},
+        np.concatenate([h.diverged_at for h in histories])[order],
+        sum(h.seconds for h in histories),
+    )
+
+
 def _is_stable(stage: Stage) -> np.ndarray:
     """Which runs stayed below the loss they began with: at the end, and on average on the way."""
     metrics = stage.history.metrics
@@ -169,18 +254,54 @@ def _is_stable(stage: Stage) -> np.ndarray:
     return np.asarray(below & (stage.history.diverged_at == 0))
 
 
-def scores(stage: Stage, select_by: str, score: Score = ACCURACY) -> dict[float, float]:
+def scores(
+    stage: Stage, select_by: str, score: Score = ACCURACY, number: int = 0
+) -> dict[Any, float]:
     """Value -> the best that its runs reached, averaged over seeds; larger is better.
 
-    A value that diverged with any seed scores −∞.
+    A value that diverged with any seed scores −∞. Of several hyperparameters it is that of the
+    best values of the others.
+
+    Args:
+      stage: the runs.
+      select_by: the metric.
+      score: of the problem; it says whether larger ones are better.
+      number: which of the tuned hyperparameters, 0 for the main one.
     """
+    found = scores_by_seed(stage, select_by, score, number)
+    return {value: float(np.mean(reached)) for value, reached in found.items()}
+
+
+def scores_by_seed(
+    stage: Stage, select_by: str, score: Score = ACCURACY, number: int = 0
+) -> dict[Any, np.ndarray]:
+    """As `scores`, but of each seed, in the order of the runs."""
+    best: dict[Any, np.ndarray] = {}
+    for point, reached in _reached(stage, select_by, score).items():
+        value = point[number]
+        if value not in best or np.mean(reached) > np.mean(best[value]):
+            best[value] = reached
+    return best
+
+
+def point_scores(
+    stage: Stage, select_by: str, score: Score = ACCURACY
+) -> dict[tuple[Any, ...], float]:
+    """Values of all tuned hyperparameters -> as `scores`, in the order of the runs."""
+    found = _reached(stage, select_by, score)
+    return {point: float(np.mean(reached)) for point, reached in found.items()}
+
+
+def _reached(stage: Stage, select_by: str, score: Score) -> dict[tuple[Any, ...], np.ndarray]:
+    """Values of all tuned hyperparameters -> the best that each of its runs reached."""
     after = stage.history.metrics[select_by][:, 1:]  # before training does not count
     metric = score.sign(select_by) * after
     reached = np.where(np.isfinite(metric), metric, -np.inf).max(axis=1)
     reached = np.where(stage.history.diverged_at > 0, -np.inf, reached)
-    return {
-        float(v): float(np.mean(reached[stage.values == v])) for v in dict.fromkeys(stage.values)
-    }
+    by_point: dict[tuple[Any, ...], list[float]] = {}
+    for point, found in zip(stage.points, reached, strict=True):
+        by_point.setdefault(point, []).append(found)
+    return {point: np.array(found) for point, found in by_point.items()}
 
 
 def _select(stage: Stage, select_by: str, score: Score) -> tuple[float | None, bool]:
@@ -201,4 +322,5 @@ def runs_where(stage: Stage, keep: np.ndarray) -> Stage:
     metrics = {name: values[keep] for name, values in stage.history.metrics.items()}
     at = stage.history.diverged_at[keep]
     history = stage.history._replace(metrics=metrics, diverged_at=at)
-    return Stage(stage.name, stage.values[keep], stage.seeds[keep], history)
+    others = {name: values[keep] for name, values in stage.others.items()}
+    return Stage(stage.name, stage.values[keep], stage.seeds[keep], history, others)

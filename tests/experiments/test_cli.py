@@ -15,7 +15,7 @@ import optgrad
 from optgrad import registry
 from optgrad.__main__ import main
 from optgrad.experiments import compare as compare_lib
-from optgrad.experiments import config
+from optgrad.experiments import config, studies
 from optgrad.experiments.live_view import LiveView
 
 TINY = [
@@ -155,6 +155,7 @@ def test_compare_writes_the_folder(compared):
         "config.toml", "metrics.csv", "summary.csv", "summary.json", "environment.json",
         "report.md",
         "curves.svg", "curves.png", "sensitivity.svg", "sensitivity.png",
+        "robustness.svg", "robustness.png",
     }  # fmt: skip
 
 
@@ -347,7 +348,7 @@ def test_a_batch_of_one_is_refused_before_any_work(run, tmp_path, monkeypatch):
     """m_svag_mb needs the variance within a batch."""
     trained = []
     monkeypatch.setattr(
-        compare_lib.Trainer, "train", lambda self, *_: trained.append(self.method.name) or 1 / 0
+        studies.Trainer, "train", lambda self, *_: trained.append(self.method.name) or 1 / 0
     )
     try:
         code, _ = run("compare", "--optimizers", "sgd,m_svag_mb", "--batch-size", 1,

@@ -26,6 +26,9 @@ optimizers = [
   { method = "lbfgs", hyperparams = { memory_size = 4 } },
 ]
 steps = 300
+budget = "gradient_evaluations"
+measure_seconds = true
+published_defaults = true
 eval_every = 50
 batch_size = 32
 seeds = 3
@@ -36,6 +39,7 @@ label_smoothing = 0.1
 precision = "bfloat16"
 accumulate = 1
 ema = 0.99
+tensorboard = true
 validation = 5000
 target_accuracy = 0.9
 vectorize = "vmap"
@@ -59,7 +63,10 @@ rates = [0.1, 0.01]
 decades = 1.5
 seeds = 2
 select_by = "test_loss"
+sample_seed = 3
 """
+# Fields that go with other values of those above only.
+ELSEWHERE = {"budget_seconds", "samples"}
 
 
 @pytest.fixture
@@ -126,8 +133,8 @@ def test_every_field_is_read(toml):
     assert (loaded.validation, type(loaded.validation)) == (5000, int)
     # The example leaves out nothing, so that a new field is covered too.
     tree = tomllib.loads(EVERYTHING)
-    assert set(tree) == set(CompareConfig.model_fields) - config.PROBLEM_FIELDS
-    assert set(tree["tuning"]) == set(config.TuningConfig.model_fields)
+    assert set(tree) == set(CompareConfig.model_fields) - config.PROBLEM_FIELDS - ELSEWHERE
+    assert set(tree["tuning"]) == set(config.TuningConfig.model_fields) - ELSEWHERE
     assert set(tree["schedule"]) == set(config.ScheduleConfig.model_fields)
 
 
@@ -221,11 +228,19 @@ def test_a_configuration_does_not_change():
         ("model", "mlpp", ["model = 'mlpp'", "did you mean 'mlp'", "'all_cnn_c'"]),
         ("model_options", [1], ["model_options = [1]", "dictionary"]),
         ("tuning", 3, ["tuning = 3", "dictionary"]),
-        ("tuning.protocol", "serch", ["tuning.protocol = 'serch'", "'search', 'grid' or 'none'"]),
+        ("tuning.protocol", "serch",
+         ["tuning.protocol = 'serch'", "'search', 'grid', 'random', 'halton' or 'none'"]),
         ("tuning.select_by", "accuracy", ["tuning.select_by = 'accuracy'", "'test_loss'"]),
         ("tuning.seeds", 0, ["tuning.seeds = 0", "greater than 0"]),
         ("tuning.decades", -1.0, ["tuning.decades = -1.0", "greater than 0"]),
         ("tuning.rates", [0.1, 0], ["tuning.rates.1 = 0", "greater than 0"]),
+        ("tuning.protocol", "halton", ["tuning.samples = None", "how many points"]),
+        ("tuning.samples", 5, ["tuning.samples = 5", "'random' or 'halton'", "'search'"]),
+        ("tuning.sample_seed", -1, ["tuning.sample_seed = -1", "greater than or equal to 0"]),
+        ("budget", "time", ["budget = 'time'", "'gradient_evaluations' or 'seconds'"]),
+        ("budget", "seconds", ["budget_seconds = None", "the seconds of a run"]),
+        ("budget_seconds", 2.0, ["budget_seconds = 2", "with budget = 'seconds' only"]),
+        ("budget_seconds", -1.0, ["budget_seconds = -1.0", "greater than 0"]),
         ("tuning.rates", ["x"], ["tuning.rates.0 = 'x'", "number"]),
         ("validation", 0, ["validation = 0", "validation_accuracy", "tuning.select_by"]),
         ("optimizers", [], ["optimizers = []", "at least"]),
@@ -245,6 +260,22 @@ def test_a_configuration_does_not_change():
          ["optimizers.0", "rates = [0.1]", "none, lbfgs has nothing to tune"]),
         ("optimizers", [{"method": "adam", "hyperparams": 3}],
          ["optimizers.0.hyperparams = 3", "dictionary"]),
+        *((f"optimizers.adam.{field}", value, ["optimizers.1", *expected])
+          for field, value, expected in (
+              ("space", 3, ["space = 3", "dictionary"]),
+              ("space.b1", 0.9, ["space.b1", "a list of values, or a table with low and high"]),
+              ("space.b1", [], ["space.b1 = []", "one or more"]),
+              ("space.b11", [0.9], ["adam has no hyperparameter 'b11'", "did you mean 'b1'"]),
+              ("space.learning_rate", {"low": 1.0, "high": 0.1}, ["low = 1, high = 0.1", "low <"]),
+              ("space.learning_rate", {"low": 0.1, "high": 0.1}, ["low = 0.1, high = 0.1"]),
+              ("space.learning_rate", {"low": 0, "high": 0.1}, ["low = 0", "scale = 'linear'"]),
+              ("space.learning_rate", {"low": 0.1}, ["learning_rate.high", "required"]),
+              ("space.learning_rate", {"low": 0.1, "high": 1.0, "num": 1}, ["num = 1", "than or"]),
+              ("space.learning_rate", {"low": 0.1, "high": 1.0, "nun": 3}, ["nun", "'num'"]),
+              ("space.learning_rate", {"low": 0.1, "high": 1.0, "scale": "ln"}, ["'log' or 'lin"]),
+          )),
+        ("optimizers.adamm.space", {}, ["optimizers.adamm", "did you mean 'adam'"]),
+        ("optimizers.9.space", {}, ["optimizers.9.space", "no such optimizer"]),
         ("tuning.protocol", "none", ["momentum requires learning_rate"]),
         ("steps.x", 3, ["steps", "integer"]),
     ],
@@ -323,6 +354,99 @@ def test_bad_hyperparameters_are_refused_before_any_work(hyperparams):
     assert message.startswith("optimizers.1: ")
     (name,) = hyperparams
     assert message.count(name) > 1  # what was given, and why it is refused
+
+
+# Studies --------------------------------------------------------------------------------------
+
+SPACE = {"learning_rate": {"low": 1e-3, "high": 1e-1}, "b1": [0.5, 0.9]}
+
+
+def test_a_space_is_a_table_of_the_optimizer_and_can_be_overridden(toml):
+    path = toml("""
+tuning.protocol = "grid"
+[[optimizers]]
+method = "adam"
+label = "Adam"
+[optimizers.space]
+learning_rate = { low = 1e-3, high = 0.1, num = 3, scale = "log" }
+[[optimizers]]
+method = "sgd"
+""")
+    overrides = [
+        parse_override(text)
+        for text in (
+            "optimizers.Adam.space.b1=[0.5, 0.9]",
+            "optimizers.0.space.learning_rate.num=2",
+            "optimizers.1.rates=[0.5]",
+        )
+    ]
+    loaded = load_config(path, dict(overrides))
+    adam, sgd = loaded.optimizers
+    assert [tuple(point.values()) for point in loaded.points(adam)] == [
+        (1e-3, 0.5), (1e-3, 0.9), (0.1, 0.5), (0.1, 0.9),
+    ]  # fmt: skip
+    assert (loaded.points(sgd), sgd.rates) == ([], (0.5,))
+    assert len(load_config(path).points(load_config(path).optimizers[0])) == 3
+
+
+def test_an_override_of_one_of_the_default_optimizers():
+    overrides = {"tuning.protocol": "grid", "optimizers.adam.space": SPACE}
+    loaded = load_config(overrides=overrides)
+    assert [len(loaded.points(optimizer)) for optimizer in loaded.optimizers] == [0, 14, 0, 0]
+    assert [o.method for o in loaded.optimizers] == [o.method for o in load_config().optimizers]
+
+
+def test_drawn_points_are_of_the_space_or_of_the_whole_range():
+    overrides = {
+        "tuning.protocol": "halton", "tuning.samples": 6,
+        "optimizers": ["sgd", {"method": "adam", "space": SPACE},
+                       {"method": "ogr1d", "hyperparams": {"eta": 0.1}}],
+    }  # fmt: skip
+    loaded = load_config(overrides=overrides)
+    sgd, adam, fixed = (loaded.points(optimizer) for optimizer in loaded.optimizers)
+    assert ([list(p) for p in sgd], fixed) == ([["learning_rate"]] * 6, [])
+    assert [list(p) for p in adam] == [["learning_rate", "b1"]] * 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"tuning.protocol": "search"}, ["protocol = 'search'", "adam has a space", "'grid'"]),
+        ({"tuning.protocol": "none"}, ["tuning.protocol = 'none'", "adam has a space"]),
+        ({"optimizers.adam.rates": [0.1]}, ["rates = [0.1]", "none, beside a space"]),
+        ({"optimizers.adam.hyperparams": {"b1": 0.5}}, ["space.b1", "hyperparams.b1 fixes it"]),
+        ({"tuning.protocol": "random", "tuning.samples": 3, "tuning.rates": [0.1]},
+         ["tuning.rates = [0.1]", "none with protocol = 'random'"]),
+        ({"tuning.protocol": "random", "tuning.samples": 3, "optimizers.sgd.rates": [0.1]},
+         ["rates = [0.1] of sgd", "none with protocol = 'random'"]),
+        ({"budget": "seconds", "budget_seconds": 1.0, "steps": 10, "eval_every": 5},
+         ["steps = 10", "budget = 'seconds'"]),
+        ({"budget": "seconds", "budget_seconds": 1.0}, ["eval_every = None"]),
+        ({"budget": "seconds", "budget_seconds": 1.0, "eval_every": 5, "schedule.warmup": 3},
+         ["schedule", "a constant rate"]),
+        ({"budget": "gradient_evaluations", "accumulate": 2}, ["accumulate = 2"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(fields, expected):
+    optimizers = [{"method": "adam", "space": SPACE}, "sgd"]
+    message = refused(**{"optimizers": optimizers, "tuning.protocol": "grid", **fields})
+    for part in expected:
+        assert part in message, message
+
+
+def test_a_schedule_must_fit_into_the_steps_that_the_budget_pays_for():
+    fields = {"schedule.kind": "step", "schedule.at": [60], "steps": 100, "optimizers": ["kfac"]}
+    assert load_config(overrides=fields).length(load_config().optimizers[0]).steps > 60
+    message = refused(**fields, budget="gradient_evaluations")
+    assert "50 updates" in message
+
+
+def test_a_study_in_seconds_makes_the_round_trip(toml):
+    fields = {"budget": "seconds", "budget_seconds": 1.5, "eval_every": 10}
+    loaded = load_config(overrides=fields)
+    text = tomli_w.dumps(loaded.model_dump(mode="json", exclude_none=True))
+    assert "steps" not in tomllib.loads(text)  # which would be refused
+    assert load_config(toml(text)) == loaded
 
 
 # Known defects --------------------------------------------------------------------------------

@@ -41,10 +41,13 @@ def text(folder):
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
+PICTURES = ("curves", "curves_gradient_evaluations", "sensitivity", "robustness")
+
+
 def test_the_folder_is_complete(folder):
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     pictures = {f"{i}-{name}-{kind}" for i, name in enumerate(("first", "second"), 1)
-                for kind in ("curves", "sensitivity")}  # fmt: skip
+                for kind in PICTURES}  # fmt: skip
     assert found == {"config.toml", "report.html", "report.md"} | {
         f"figures/{name}.svg" for name in pictures
     }

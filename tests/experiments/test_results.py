@@ -24,9 +24,10 @@ from optgrad.experiments.tuning import Tuned
 
 from .made_up import METRICS, STEPS, made_up_comparison, stage
 
+PICTURES = ("curves", "curves_gradient_evaluations", "sensitivity", "robustness")
 FILES = {
     "config.toml", "metrics.csv", "summary.csv", "summary.json", "environment.json", "report.md",
-    "curves.svg", "curves.png", "sensitivity.svg", "sensitivity.png",
+    *(f"{name}.{suffix}" for name in PICTURES for suffix in ("svg", "png")),
 }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def comparison():
 @pytest.fixture
 def quick(monkeypatch):
     """Pictures that cost nothing, where they are not what is tested."""
-    monkeypatch.setattr(plots, "figures", lambda comparison: {"curves": None, "sensitivity": None})
+    monkeypatch.setattr(plots, "figures", lambda comparison: dict.fromkeys(plots.names(comparison)))
     monkeypatch.setattr(plots, "save", lambda figure, path: path.write_text("a picture"))
 
 
@@ -185,12 +186,15 @@ def test_the_report_says_what_was_found(folder):
         assert part in text, part
     for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (folder / name).is_file()
-    summary, rivals, medians = (
-        [line for line in part.splitlines() if line.startswith("|")]
-        for part in re.split("## Who is ahead|Medians over seeds", text)
-    )
-    assert [line.split(" | ")[4] for line in medians[2:]] == ["3 |", "2 |", "0 |", "3 |"]
-    for table, rows in ((summary, 4), (rivals, 2), (medians, 4)):  # one had no stable value
+    tables = {
+        part.splitlines()[0]: [line for line in part.splitlines() if line.startswith("|")]
+        for part in re.split("\n## |\n(?=Medians)", f"Summary\n{text}")
+    }
+    medians = next(name for name in tables if name.startswith("Medians"))
+    assert [line.split(" | ")[4] for line in tables[medians][2:]] == ["3 |", "2 |", "0 |", "3 |"]
+    # One had no stable value.
+    for title, rows in (("Summary", 4), ("Who is ahead", 2), (medians, 4), ("Robustness", 4)):
+        table = tables[title]
         assert len(table) == 2 + rows
         assert len({line.count("|") for line in table}) == 1
     assert "no winner is called" in text or "is the winner" in text
@@ -212,7 +216,7 @@ def test_a_choice_by_the_test_set_is_admitted(comparison):
 
 def test_the_pictures_are_real_and_the_same_every_time(tmp_path, comparison):
     results.write(comparison, tmp_path / "one")
-    for name in ("curves", "sensitivity"):
+    for name in PICTURES:
         png = (tmp_path / "one" / f"{name}.png").read_bytes()
         assert png.startswith(b"\x89PNG\r\n\x1a\n")
         width, height = struct.unpack(">II", png[16:24])
@@ -318,8 +322,10 @@ def test_overwrite_replaces_the_whole_folder(folder, comparison):
     (folder / "notes.txt").write_text("old")
     smaller = Comparison(comparison.config, "p", comparison.outcomes[:1], 0.6)
     results.write(smaller, folder, overwrite=True)
-    assert {path.name for path in folder.iterdir()} == FILES
+    only_one = {f"{PICTURES[1]}.{suffix}" for suffix in ("svg", "png")}  # its steps cost the same
+    assert {path.name for path in folder.iterdir()} == FILES - only_one
     assert len(read_csv(folder / "summary.csv")) == 1
+    assert not (folder / "notes.txt").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["results"]
 
 

@@ -154,6 +154,7 @@ def _draw_sensitivity(comparison: Comparison, axis: Axes, name: str | None, xlab
     sign, lowest = score.sign(select_by), np.inf
     shown: dict[int, dict[Any, float]] = {}  # number of the optimizer -> value -> reached
     best: dict[int, Any] = {}
+    mains: dict[int, str] = {}
     scattered = set()  # random points in several dimensions, no two of which share a value
     for index, outcome in enumerate(comparison.outcomes):
         stage = next((s for s in outcome.tuned.stages if s.name == "tuning"), None)
@@ -161,6 +162,7 @@ def _draw_sensitivity(comparison: Comparison, axis: Axes, name: str | None, xlab
             continue
         number = 0 if name is None else 1 + list(stage.others).index(name)
         found = tuning.scores(stage, select_by, score, number)
+        mains[index] = outcome.tuned.hyperparameter or ""
         shown[index] = {v: sign * s for v, s in found.items() if np.isfinite(s)}
         if stage.others and not _is_grid(comparison):
             scattered.add(index)
@@ -182,7 +184,12 @@ def _draw_sensitivity(comparison: Comparison, axis: Axes, name: str | None, xlab
             x = best[index] if are_numbers else search_space.text(best[index])
             axis.plot(x, found[best[index]], "o", markersize=10, fillstyle="none",
                       color=line["color"])  # fmt: skip
-    if are_numbers and _is_logarithmic(values, 1.0 if name is None else 10.0):
+    is_linear = any(
+        isinstance(dimension, search_space.Interval) and dimension.scale == "linear"
+        for index in shown
+        for dimension in [comparison.outcomes[index].config.space.get(name or mains[index])]
+    )
+    if are_numbers and not is_linear and _is_logarithmic(values, 1.0 if name is None else 10.0):
         axis.set_xscale("log")
     if sign < 0 <= lowest:
         axis.set_yscale("log")

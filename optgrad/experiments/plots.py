@@ -248,7 +248,9 @@ def _draw_sensitivity(
             at = places.tolist().index(chosen[number])
             axis.plot(ticks[at], mean[at], "o", markersize=10, fillstyle="none",
                       color=line["color"])  # fmt: skip
-    if are_numbers and _is_logarithmic(values, 1.0 if name is None else 10.0):
+    spaces = [o.config.space.get(name or o.tuned.hyperparameter or "") for o, _, _ in drawn]
+    is_linear = any(isinstance(x, search_space.Interval) and x.scale == "linear" for x in spaces)
+    if are_numbers and not is_linear and _is_logarithmic(values, 1.0 if name is None else 10.0):
         axis.set_xscale("log")
     lowest = min((found.mean.min() for _, _, found in drawn), default=np.inf)
     if score.sign(select_by) < 0 <= lowest:

@@ -53,7 +53,7 @@ class Sensitivity(NamedTuple):
           >>> found = Sensitivity(np.array([0.01, 0.1, 1.0]), np.array([0.5, 0.9, 0.85]))
           >>> low, high, at_edge = found.within(0.10)
           >>> round(low, 4), high, at_edge
-          (0.0595, 1.0, True)
+          (0.0596, 1.0, True)
         """
         best = int(np.argmax(self.reached))
         limit = float(self.reached[best]) * (1 - math.copysign(tolerance, self.reached[best]))

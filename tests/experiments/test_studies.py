@@ -170,12 +170,18 @@ def test_static_values_are_compiled_each():
 
 @pytest.mark.slow
 def test_pictures_of_random_points_and_of_values_that_are_no_numbers(tmp_path):
-    space = {"learning_rate": {"low": 1e-3, "high": 0.1}, "nesterov": [False, True]}
+    space = {
+        "learning_rate": {"low": 1e-3, "high": 0.1},
+        "b1": {"low": 0.001, "high": 0.9, "scale": "linear"},
+        "nesterov": [False, True],
+    }
     fields = {"tuning.protocol": "random", "tuning.samples": 4}
     comparison = compared([{"method": "adam", "space": space}], **fields)
     results.write(comparison, tmp_path / "out")
     svg = (tmp_path / "out" / "sensitivity.svg").read_text()
     assert all(label in svg for label in ("nesterov", "True", "False"))
+    scales = [axis.get_xscale() for axis in plots.sensitivity(comparison).axes]
+    assert scales == ["log", "linear", "linear"]
     assert not (tmp_path / "out" / "robustness.svg").exists()  # no two points share a rate
 
 

@@ -41,6 +41,7 @@ target_accuracy = 0.9
 vectorize = "vmap"
 microbatch_size = 8
 checkpoint_seconds = 60.0
+tensorboard = true
 output = "/tmp/somewhere"
 
 [model_options]

@@ -62,12 +62,14 @@ class Journal:
         self._saved_at = time.monotonic()
         with _reported(folder):
             self._finished = _read_waves(folder / _WAVES)
+            # Not left to orbax: its thread would look for them after the folder is gone.
+            for unfinished in (folder / _STATE).glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(unfinished)
             self._manager = ocp.CheckpointManager(
                 (folder / _STATE).resolve(),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=1,
                     enable_async_checkpointing=False,
-                    cleanup_tmp_directories=True,
                     create=True,
                 ),
             )

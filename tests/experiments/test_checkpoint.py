@@ -1,8 +1,10 @@
 """Interrupted studies: nothing is lost, nothing is mixed up, and the numbers are the same."""
 
+import contextlib
 import functools
 import itertools
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +239,28 @@ def test_kills_at_random_moments(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert "4 kills" in run.stdout
+
+
+def test_nothing_is_logged_of_a_folder_that_is_gone(tmp_path, caplog):
+    """Orbax' own clean-up ran in a thread that nobody waited for, and found no folder."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for i in range(30):
+            with pytest.raises(ZeroDivisionError), checkpoint.begin(tmp_path / str(i), {}):
+                _ = 1 / 0
+    finally:
+        sys.setswitchinterval(interval)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_half_written_is_removed(tmp_path):
+    with contextlib.suppress(KeyboardInterrupt), checkpoint.begin(tmp_path / "a", {}) as journal:
+        journal.finish({"label": "adam", "number": 0}, [], 1.0)
+        raise KeyboardInterrupt
+    half = tmp_path / "a.partial" / "state" / "7.orbax-checkpoint-tmp-1"
+    half.mkdir(parents=True)
+    with checkpoint.resume(tmp_path / "a") as journal:
+        assert not half.exists()
+        assert not journal.is_empty

@@ -124,7 +124,7 @@ def test_what_there_is_and_what_is_refused(tmp_path):
             assert listed[arguments] in out
         else:
             assert (code, out) == (2, ""), arguments
-            assert err.startswith("optgrad: "), arguments
+            assert "optgrad: " in err, arguments  # orbax may log a line of its own before it
             for part in refused[arguments]:
                 assert part in err
             assert "Traceback" not in err

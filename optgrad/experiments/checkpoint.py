@@ -3,6 +3,7 @@
 While a study runs, ``NAME.partial`` lies beside the results folder ``NAME`` that it will write:
 
 - ``study.json``: everything that the study follows from,
+- ``decisions.json``: what depended on the machine, such as how many runs go together,
 - ``waves.jsonl``: one line for each finished wave (runs that go through the program together),
 - ``state/``: an orbax checkpoint of the wave that runs, with all that it has measured,
 - ``lock``: held by the process that works there.
@@ -28,6 +29,7 @@ import orbax.checkpoint as ocp
 
 SUFFIX = ".partial"
 _STUDY, _WAVES, _STATE, _LOCK = "study.json", "waves.jsonl", "state", "lock"
+_DECISIONS = "decisions.json"
 
 Records = list[list[dict[str, float]]]  # of each run, one record per evaluation
 
@@ -62,6 +64,8 @@ class Journal:
         self._saved_at = time.monotonic()
         with _reported(folder):
             self._finished = _read_waves(folder / _WAVES)
+            decisions = folder / _DECISIONS
+            self._decisions = json.loads(decisions.read_text()) if decisions.exists() else {}
             self._manager = ocp.CheckpointManager(
                 (folder / _STATE).resolve(),
                 options=ocp.CheckpointManagerOptions(
@@ -71,6 +75,15 @@ class Journal:
                     create=True,
                 ),
             )
+
+    def decide(self, label: str, name: str, make: Callable[[], Any]) -> Any:
+        """What was decided before, or now is: JSON that depends on more than the configuration."""
+        of_label = self._decisions.setdefault(label, {})
+        if name not in of_label:
+            of_label[name] = make()
+            with _reported(self.folder):
+                _replace(self.folder / _DECISIONS, self._decisions)
+        return of_label[name]
 
     def finished(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What a finished wave left: its ``records`` and ``seconds``.
@@ -151,6 +164,10 @@ class Waves:
 
     def __init__(self, journal: Journal | None = None, label: str = "") -> None:
         self._journal, self._label, self._count = journal, label, 0
+
+    def decide(self, name: str, make: Callable[[], Any]) -> Any:
+        """JSON that is made once, even if the study is interrupted: see `Journal.decide`."""
+        return self._journal.decide(self._label, name, make) if self._journal else make()
 
     def next(self, hyperparams: Mapping[str, np.ndarray], seeds: np.ndarray, steps: int) -> "Wave":
         """The next wave: these runs, for so many steps."""
@@ -234,12 +251,10 @@ def begin(
                 "begin anew: --overwrite"
             )
         with _reported(folder):
-            for name in (_STUDY, _WAVES):
+            for name in (_STUDY, _WAVES, _DECISIONS):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / _STATE, ignore_errors=True)
-            prepared = folder / (_STUDY + ".new")
-            prepared.write_text(json.dumps(study, indent=2) + "\n", encoding="utf-8")
-            os.replace(prepared, folder / _STUDY)
+            _replace(folder / _STUDY, study)
         with contextlib.closing(Journal(folder, study, seconds=seconds)) as journal:
             try:
                 yield journal
@@ -308,6 +323,13 @@ def _reported(folder: Path) -> Iterator[None]:
             f"checkpoint in {folder}: {what}; the last good one is kept: once the disk can be "
             "written, go on with optgrad resume"
         ) from error
+
+
+def _replace(path: Path, content: Any) -> None:
+    """Writes JSON whole or not at all."""
+    prepared = path.with_name(path.name + ".new")
+    prepared.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(prepared, path)
 
 
 def _read_waves(path: Path) -> dict[tuple[str, int], Mapping[str, Any]]:

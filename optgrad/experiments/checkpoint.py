@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import filelock
 import jax
@@ -66,13 +66,15 @@ class Journal:
             self._finished = _read_waves(folder / _WAVES)
             decisions = folder / _DECISIONS
             self._decisions = json.loads(decisions.read_text()) if decisions.exists() else {}
+            (folder / _STATE).mkdir(exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 (folder / _STATE).resolve(),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=1,
                     enable_async_checkpointing=False,
                     cleanup_tmp_directories=True,
-                    create=True,
+                    create=False,  # which it refuses to do for one of several processes
+                    multiprocessing_options=_alone(),
                 ),
             )
 
@@ -109,7 +111,7 @@ class Journal:
 
     def save(self, key: Mapping[str, Any], state: Any, records: Records, seconds: float) -> None:
         """Keeps the state of the wave that runs; not if the last time is too short ago."""
-        if time.monotonic() - self._saved_at < self._seconds:
+        if not self.is_due:
             return
         about = {"text": json.dumps({"key": key, "records": records, "seconds": seconds})}
         number = (self._manager.latest_step() or 0) + 1
@@ -121,6 +123,11 @@ class Journal:
                 ),
             )
         self._saved_at = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last time that a state was kept is long enough ago."""
+        return time.monotonic() - self._saved_at >= self._seconds
 
     def load(self, key: Mapping[str, Any], like: Any) -> tuple[Any, Mapping[str, Any]] | None:
         """The state and records of the wave that ran, if it is the one of this key."""
@@ -154,6 +161,25 @@ class Journal:
         shutil.rmtree(self.folder)
 
 
+class Keeper(Protocol):
+    """What keeps waves: a `Journal`, or what stands for it where several processes share one."""
+
+    def decide(self, label: str, name: str, make: Callable[[], Any]) -> Any:
+        """As `Journal.decide`."""
+
+    def finished(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """As `Journal.finished`."""
+
+    def finish(self, key: Mapping[str, Any], records: Records, seconds: float) -> None:
+        """As `Journal.finish`."""
+
+    def save(self, key: Mapping[str, Any], state: Any, records: Records, seconds: float) -> None:
+        """As `Journal.save`."""
+
+    def load(self, key: Mapping[str, Any], like: Any) -> tuple[Any, Mapping[str, Any]] | None:
+        """As `Journal.load`."""
+
+
 class Waves:
     """The waves of one optimizer, in the order in which they come whenever the study is begun.
 
@@ -162,7 +188,7 @@ class Waves:
       label: the optimizer's.
     """
 
-    def __init__(self, journal: Journal | None = None, label: str = "") -> None:
+    def __init__(self, journal: Keeper | None = None, label: str = "") -> None:
         self._journal, self._label, self._count = journal, label, 0
 
     def decide(self, name: str, make: Callable[[], Any]) -> Any:
@@ -185,7 +211,7 @@ class Waves:
 class Wave:
     """Runs that advance together: what is known of them from before, and what is to be kept."""
 
-    def __init__(self, journal: Journal | None, key: Mapping[str, Any]) -> None:
+    def __init__(self, journal: Keeper | None, key: Mapping[str, Any]) -> None:
         self._journal, self._key = journal, key
         self._began = time.perf_counter()
         self._earlier = 0.0
@@ -323,6 +349,13 @@ def _reported(folder: Path) -> Iterator[None]:
             f"checkpoint in {folder}: {what}; the last good one is kept: once the disk can be "
             "written, go on with optgrad resume"
         ) from error
+
+
+def _alone() -> Any:
+    """Of several processes the first alone keeps checkpoints; orbax would wait for the others."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 def _replace(path: Path, content: Any) -> None:

@@ -1,9 +1,11 @@
 """A comparison: every optimizer of a configuration, tuned and replicated on one problem."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from optgrad import registry
@@ -17,12 +19,14 @@ from optgrad.experiments import (
     statistics,
     tuning,
 )
-from optgrad.experiments.config import CompareConfig, OptimizerConfig
+from optgrad.experiments.config import CompareConfig, OptimizerConfig, expected_steps
 from optgrad.experiments.engine import Trainer
+from optgrad.experiments.mesh import RunMesh
 from optgrad.experiments.scores import ACCURACY, Score
 
 # (label, stage, record of one evaluation of one run, with the problem's "score") -> None
 OnInterval = Callable[[str, str, Mapping[str, Any]], None]
+OnNote = Callable[[str, str], None]  # label, one line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Outcome:
     compilations: int  # of the training step
     seconds: float  # wall time of its training, compilation included
     compile_seconds: float = 0.0  # of this process, for all its programs
+    notes: tuple[str, ...] = ()  # how the runs went through the machine, and why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,8 @@ class Comparison:
 def run_comparison(
     config: CompareConfig,
     on_interval: OnInterval | None = None,
-    journal: checkpoint.Journal | None = None,
+    journal: checkpoint.Keeper | None = None,
+    on_note: OnNote | None = None,
 ) -> Comparison:
     """Loads the data, then tunes and replicates each optimizer in turn.
 
@@ -67,10 +73,20 @@ def run_comparison(
       config: what to compare.
       on_interval: called with (label, stage, record) after every evaluation of every run.
       journal: where the runs are kept as they go, and come from if they were interrupted.
+      on_note: called with (label, how its runs go through the machine, and why).
     """
+    several = bool(config.mesh) or jax.process_count() > 1
+    mesh = RunMesh(config.mesh) if several else None  # refused before any data is read
     problem = load_problem(config)
+    if mesh:  # once for all optimizers
+        problem = dataclasses.replace(problem, data=mesh.replicate(problem.data))
     config = _with_selection(config, problem)
-    trainers = [_trainer(config, problem, one) for one in config.optimizers]  # refuses all first
+    trainers = [
+        _trainer(config, problem, one, mesh) for one in config.optimizers
+    ]  # refuses all first
+    for trainer, one in zip(trainers, config.optimizers, strict=True):
+        if on_note:
+            trainer.on_note = functools.partial(on_note, one.label)
     outcomes = [
         _run_one(config, trainer, one, on_interval, checkpoint.Waves(journal, one.label))
         for trainer, one in zip(trainers, config.optimizers, strict=True)
@@ -129,7 +145,10 @@ def _with_selection(config: CompareConfig, problem: problems.Problem) -> Compare
 
 
 def _trainer(
-    config: CompareConfig, problem: problems.Problem, optimizer: OptimizerConfig
+    config: CompareConfig,
+    problem: problems.Problem,
+    optimizer: OptimizerConfig,
+    mesh: RunMesh | None,
 ) -> Trainer:
     assert config.eval_every is not None  # resolved by the configuration
     method = registry.get_method(optimizer.method)
@@ -141,6 +160,8 @@ def _trainer(
         vectorize=config.vectorize,
         microbatch_size=config.microbatch_size,
         features=config.features,
+        mesh=mesh,
+        memory_limit=config.memory_limit,
     )
     tuned = _tuned(config, optimizer)
     trainer.check([tuned] if tuned else [])
@@ -169,11 +190,15 @@ def _run_one(
         if on_interval:
             on_interval(optimizer.label, stage, {**record, "score": score})
 
+    tunable, protocol = trainer.method.tunes, config.tuning.protocol
+    values = {tunable.hyperparameter: tunable.low} if tunable and _tuned(config, optimizer) else {}
+    run_steps = expected_steps(config, optimizer)
+    trainer.choose(values, _first_runs(config, optimizer), run_steps, waves)
     tuned = tuning.tune(
         trainer,
         steps=config.steps,
         seeds=config.seeds,
-        protocol=config.tuning.protocol if _tuned(config, optimizer) else "none",
+        protocol=protocol if values else "none",
         rates=optimizer.rates or config.tuning.rates,
         decades=config.tuning.decades,
         tuning_seeds=config.tuning.seeds,
@@ -184,7 +209,16 @@ def _run_one(
     )
     seconds = sum(stage.history.seconds for stage in tuned.stages)
     compiling = compilation.seconds() - compiling
-    return Outcome(optimizer, tuned, trainer.compilations, seconds, compiling)
+    return Outcome(optimizer, tuned, trainer.compilations, seconds, compiling, tuple(trainer.notes))
+
+
+def _first_runs(config: CompareConfig, optimizer: OptimizerConfig) -> int:
+    """How many runs the first stage has if they go together: it sets the width of the program."""
+    tunable = registry.get_method(optimizer.method).tunes
+    if tunable is None or not _tuned(config, optimizer):
+        return config.seeds
+    rates = optimizer.rates or config.tuning.rates or tuning.rate_grid(tunable.low, tunable.high)
+    return len(rates) * (config.seeds if config.tuning.protocol == "grid" else 1)
 
 
 def _finals(outcome: Outcome, score: Score) -> dict[int, float]:

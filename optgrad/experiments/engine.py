@@ -21,10 +21,9 @@ numbers, up to float rounding, whatever runs beside it.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from optgrad import registry
@@ -33,27 +32,14 @@ from optgrad.experiments import checkpoint, measurement, memory
 from optgrad.experiments import features as features_lib
 from optgrad.experiments.executable import Executable
 from optgrad.experiments.extras import Extras
+from optgrad.experiments.history import History, Runs
 from optgrad.experiments.mesh import RunMesh
 from optgrad.experiments.problems import Problem
 from optgrad.experiments.program import Program
 
+__all__ = ["VECTORIZE", "History", "OnInterval", "Runs", "Trainer"]
+
 VECTORIZE = ("auto", "vmap", "map")
-
-
-class Runs(NamedTuple):
-    """A batch of R runs: what differs between them."""
-
-    hyperparams: Mapping[str, np.ndarray]  # traced hyperparameters, each of shape [R]
-    seeds: np.ndarray  # integers [R]
-
-
-class History(NamedTuple):
-    """What R runs did, at E evaluations; NaN from an evaluation's divergence on."""
-
-    steps: np.ndarray  # [E], from 0
-    metrics: Mapping[str, np.ndarray]  # each [R, E]; train_loss, test_accuracy, …
-    diverged_at: np.ndarray  # [R], 0 for a run that did not diverge
-    seconds: float  # wall time of the training, compilation included
 
 
 OnInterval = Callable[[int, int, Mapping[str, float]], None]  # run, step, its metrics
@@ -77,6 +63,7 @@ class Trainer:
     Attributes:
       vectorize: ``"vmap"`` or ``"map"``; for ``"auto"`` the backend's usual, until `choose`.
       notes: in words, how the runs go and why.
+      on_note: called with each of them.
 
     Raises:
       ValueError: if the method needs something that the harness, or the problem, does not have, or
@@ -108,6 +95,7 @@ class Trainer:
         self.problem, self.method = problem, method
         self.eval_every, self.features = eval_every, features
         self.notes: list[str] = []
+        self.on_note: Callable[[str], None] = lambda text: None
         self._measures = vectorize == "auto" and not mesh
         self._scans = not (on_cpu and problem.has_convolutions)
         self._memory_limit = memory_limit
@@ -117,6 +105,10 @@ class Trainer:
         if mesh and mesh.runs > 1 and self.vectorize == "map":
             self._use("vmap")
             self.notes.append(f"together, not one after the other, on the mesh {mesh}")
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.on_note(text)
 
     def _use(self, vectorize: str) -> None:
         self.vectorize = vectorize
@@ -150,7 +142,7 @@ class Trainer:
             return [*measurement.choose_way(self.executable, hyperparams, runs, run_steps)]
 
         chosen, why = (waves or checkpoint.Waves()).decide("vectorize", choice)
-        self.notes.append(why)
+        self._note(why)
         if chosen != self.vectorize:
             self._use(chosen)
 
@@ -160,15 +152,7 @@ class Trainer:
         Args:
           hyperparams: names of the hyperparameters that the runs will have.
         """
-        scalar = jnp.zeros((), jnp.float32)
-        seed = jnp.zeros((), jnp.uint32)
-        values = dict.fromkeys(hyperparams, scalar)
-        state = jax.eval_shape(self.program.init, values, seed)
-        drawn = jax.eval_shape(self.program.draw, state.step, seed, self.problem.data)
-        if mesh := self.program.mesh:
-            first = jax.tree.map(lambda x: jax.eval_shape(lambda y: y[0], x), drawn[0])
-            mesh.check_batch(jax.eval_shape(self.problem.batch, self.problem.data, first))
-        jax.eval_shape(self.program.interval, state, values, drawn, self.problem.data)
+        self.program.check(hyperparams)
 
     def train(
         self,
@@ -217,11 +201,7 @@ class Trainer:
                 checkpoint.replay(found, self.eval_every, report)
             seconds += wave.seconds
             records += found[: count - first]
-        evaluations = np.arange(0, steps + 1, self.eval_every)
-        names = [name for name in records[0][0] if name != "diverged_at"]
-        metrics = {name: np.array([[r[name] for r in run] for run in records]) for name in names}
-        diverged_at = np.array([int(run[-1]["diverged_at"]) for run in records])
-        return History(evaluations, metrics, diverged_at, seconds)
+        return History.of(records, np.arange(0, steps + 1, self.eval_every), seconds)
 
     def _fitting(self, runs: Runs, waves: checkpoint.Waves) -> int:
         """How many of these runs go together."""
@@ -233,7 +213,7 @@ class Trainer:
             return [plan.width, plan.describe(count)]
 
         found, note = waves.decide("width", width)
-        self.notes.append(note)
+        self._note(note)
         return int(found)
 
     def _train_wave(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import pydantic
 
 from optgrad.experiments.executable import Executable
 
@@ -24,8 +25,8 @@ class Plan(NamedTuple):
     def describe(self, count: int) -> str:
         """One line, for a log and the report."""
         return (
-            f"{count} run{'s' if count > 1 else ''}, {_megabytes(self.bytes_per_run)} each beside "
-            f"{_megabytes(self.bytes_common)} of data, {self.width} at a time"
+            f"{count} run{'s' if count > 1 else ''}, {_size(self.bytes_per_run)} each beside "
+            f"{_size(self.bytes_common)} of data, {self.width} at a time"
         )
 
 
@@ -111,5 +112,5 @@ def plan(
     return Plan(width, max(found - common, 0) * multiple / width, common)
 
 
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:.3g} MB"
+def _size(count: float) -> str:
+    return pydantic.ByteSize(count).human_readable(decimal=True, separator=" ")

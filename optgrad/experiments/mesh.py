@@ -165,4 +165,12 @@ class RunMesh:
         return NamedSharding(self._mesh, spec)
 
     def _place(self, tree: Any, spec: Any) -> Any:
-        return jax.device_put(tree, self._sharding(spec))
+        sharding = self._sharding(spec)
+
+        def place(x: Any) -> Any:
+            if jax.process_count() == 1 or not getattr(x, "is_fully_addressable", True):
+                return jax.device_put(x, sharding)
+            whole = np.asarray(x)  # device_put would compare it among processes, and NaN is not NaN
+            return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+
+        return jax.tree.map(place, tree)

@@ -1,7 +1,7 @@
 """One run, inside jit: its beginning, its batches, its steps and its evaluation."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -51,6 +51,24 @@ class Program:
     features: Features
     extras: Extras
     mesh: RunMesh | None = None
+
+    def check(self, hyperparams: Iterable[str]) -> None:
+        """Traces one interval without running it: raises what it would raise.
+
+        Args:
+          hyperparams: names of those that a run will have.
+        """
+        seed, data = jnp.zeros((), jnp.uint32), self.problem.data
+        values = dict.fromkeys(hyperparams, jnp.zeros((), jnp.float32))
+        state = jax.eval_shape(self.init, values, seed)
+        drawn = jax.eval_shape(self.draw, state.step, seed, data)
+        if self.mesh:
+
+            def first_batch(data: Any, drawn: Any) -> Any:
+                return self.problem.batch(data, jax.tree.map(lambda x: x[0], drawn))
+
+            self.mesh.check_batch(jax.eval_shape(first_batch, data, drawn[0]))
+        jax.eval_shape(self.interval, state, values, drawn, data)
 
     def init(self, hyperparams: Any, seed: chex.Array) -> RunState:
         """The state before the first step."""

@@ -93,6 +93,7 @@ def markdown(comparison: Comparison, environment: Mapping[str, str]) -> str:
         f"{sum(len(s.seeds) for s in outcome.tuned.stages)} runs, "
         f"{outcome.compilations} compilation(s) of the training step, "
         f"{outcome.compile_seconds:.1f} s of compiling"
+        + "".join(f"; {note}" for note in outcome.notes)
         for outcome in comparison.outcomes
     ]
     lines += ["", "## Environment", ""]

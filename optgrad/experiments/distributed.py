@@ -84,8 +84,12 @@ def ended_together() -> Iterator[None]:
     except BaseException as error:
         code = getattr(error, "exit_code", None)
         if code is None:
-            traceback.print_exc()
             code = 1
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                first_line = str(error).splitlines()[0]
+                print(f"optgrad: another process ended, or this one: {first_line}", file=sys.stderr)
+            else:
+                traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

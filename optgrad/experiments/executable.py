@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -105,26 +105,26 @@ class Executable:
           names: of the runs' hyperparameters.
           width: how many runs go together.
         """
+        state, training, evaluations = self.lowered(names, width)
+        held = _size(state) // (self._mesh.runs if self._mesh else 1)
+        evaluating = (held + _bytes(one.compile()) for one in evaluations)
+        return max(_bytes(training.compile()), *evaluating)
+
+    def lowered(self, names: Sequence[str], width: int) -> tuple[Any, Any, list[Any]]:
+        """Shapes of the state, and the programs of training and of each split, not yet compiled."""
         shape = (width,) if self.together else ()
-        hyperparams: Mapping[str, Any] = dict.fromkeys(names, _like(shape, jnp.float32))
-        seeds, data = _like(shape, jnp.uint32), self.program.problem.data
+        # Real arrays, whose places belong to the key under which jit finds the program again.
+        hyperparams = self.place(dict.fromkeys(names, np.zeros(shape, np.float32)))
+        seeds, data = self.place(np.zeros(shape, np.uint32)), self.program.problem.data
         state = jax.eval_shape(self.init, hyperparams, seeds)
         drawn = jax.eval_shape(self._draw, state.step, seeds, data)
         params = jax.eval_shape(self.program.evaluated, state)
-        index = 0
         if self.scans:
-            lowered = [self._interval.lower(state, hyperparams, drawn, data)]
-            lowered += [f.lower(params, data) for f in self._evaluate.values()]
-        else:
-            lowered = [self._step.lower(state, hyperparams, drawn, index, data)]
-            lowered += [f.lower(params, data, index) for f in self._evaluate_group.values()]
-        training, *evaluations = (_bytes(one.compile()) for one in lowered)
-        return max(training, *(_size(state) // self._devices + e for e in evaluations))
-
-    @property
-    def _devices(self) -> int:
-        """Among how many devices the state is divided."""
-        return self._mesh.runs if self._mesh else 1
+            training = self._interval.lower(state, hyperparams, drawn, data)
+            return state, training, [f.lower(params, data) for f in self._evaluate.values()]
+        training = self._step.lower(state, hyperparams, drawn, 0, data)
+        groups = self._evaluate_group.values()
+        return state, training, [f.lower(params, data, 0) for f in groups]
 
 
 @jax.tree_util.register_dataclass
@@ -171,10 +171,6 @@ def _of_split(function: Callable[..., Any], split: str) -> Callable[..., Any]:
         return function(split, *arguments)
 
     return of_split
-
-
-def _like(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
 
 def _size(tree: Any) -> int:

@@ -124,7 +124,9 @@ class RunMesh:
 
     def divide_examples(self, batch: Any) -> Any:
         """Inside a compiled function: the leading axis of every leaf is divided among ``data``."""
-        sharding = self._sharding(PartitionSpec(DATA))
+        # Where the axis of runs is divided by hand already, the mesh says so, and types carry it.
+        context: Any = jax.sharding.get_abstract_mesh()
+        sharding = NamedSharding(self._mesh if context.empty else context, PartitionSpec(DATA))
         constrain: Any = jax.lax.with_sharding_constraint
         return jax.tree.map(lambda x: constrain(x, sharding), batch)
 

@@ -44,11 +44,11 @@ def seconds(trainer: engine.Trainer, runs: engine.Runs) -> float:
             engine.Runs({k: v[i] for k, v in runs.hyperparams.items()}, seed)
             for i, seed in enumerate(runs.seeds)
         ]
-    states = [(trainer._init(g.hyperparams, g.seeds), g) for g in groups]
+    states = [(trainer.executable.init(g.hyperparams, g.seeds), g) for g in groups]
     jax.block_until_ready([state for state, _ in states])
     started = time.perf_counter()
     for state, group in states:
-        jax.block_until_ready(trainer._advance(state, group.hyperparams, group.seeds))
+        jax.block_until_ready(trainer.executable.advance(state, group.hyperparams, group.seeds))
     return time.perf_counter() - started
 
 
@@ -74,7 +74,7 @@ def main() -> None:
             trainer = engine.Trainer(
                 problem, optgrad.get_method("m_svag"), eval_every=steps, vectorize=vectorize
             )
-            trainer.scans = scans
+            trainer.executable.scans = scans
             seconds(trainer, runs)  # compiles
             trainers.append(trainer)
         times: list[list[float]] = [[] for _ in trainers]

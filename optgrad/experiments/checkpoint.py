@@ -3,6 +3,7 @@
 While a study runs, ``NAME.partial`` lies beside the results folder ``NAME`` that it will write:
 
 - ``study.json``: everything that the study follows from,
+- ``decisions.json``: what depended on the machine, such as how many runs go together,
 - ``waves.jsonl``: one line for each finished wave (runs that go through the program together),
 - ``state/``: an orbax checkpoint of the wave that runs, with all that it has measured,
 - ``lock``: held by the process that works there.
@@ -19,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import filelock
 import jax
@@ -28,6 +29,7 @@ import orbax.checkpoint as ocp
 
 SUFFIX = ".partial"
 _STUDY, _WAVES, _STATE, _LOCK = "study.json", "waves.jsonl", "state", "lock"
+_DECISIONS = "decisions.json"
 
 Records = list[list[dict[str, float]]]  # of each run, one record per evaluation
 
@@ -62,6 +64,9 @@ class Journal:
         self._saved_at = time.monotonic()
         with _reported(folder):
             self._finished = _read_waves(folder / _WAVES)
+            decisions = folder / _DECISIONS
+            self._decisions = json.loads(decisions.read_text()) if decisions.exists() else {}
+            (folder / _STATE).mkdir(exist_ok=True)
             # Not left to orbax: its thread would look for them after the folder is gone.
             for unfinished in (folder / _STATE).glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(unfinished)
@@ -70,9 +75,19 @@ class Journal:
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=1,
                     enable_async_checkpointing=False,
-                    create=True,
+                    create=False,  # which it refuses to do for one of several processes
+                    multiprocessing_options=_alone(),
                 ),
             )
+
+    def decide(self, label: str, name: str, make: Callable[[], Any]) -> Any:
+        """What was decided before, or now is: JSON that depends on more than the configuration."""
+        of_label = self._decisions.setdefault(label, {})
+        if name not in of_label:
+            of_label[name] = make()
+            with _reported(self.folder):
+                _replace(self.folder / _DECISIONS, self._decisions)
+        return of_label[name]
 
     def finished(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What a finished wave left: its ``records`` and ``seconds``.
@@ -98,7 +113,7 @@ class Journal:
 
     def save(self, key: Mapping[str, Any], state: Any, records: Records, seconds: float) -> None:
         """Keeps the state of the wave that runs; not if the last time is too short ago."""
-        if time.monotonic() - self._saved_at < self._seconds:
+        if not self.is_due:
             return
         about = {"text": json.dumps({"key": key, "records": records, "seconds": seconds})}
         number = (self._manager.latest_step() or 0) + 1
@@ -110,6 +125,11 @@ class Journal:
                 ),
             )
         self._saved_at = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last time that a state was kept is long enough ago."""
+        return time.monotonic() - self._saved_at >= self._seconds
 
     def load(self, key: Mapping[str, Any], like: Any) -> tuple[Any, Mapping[str, Any]] | None:
         """The state and records of the wave that ran, if it is the one of this key."""
@@ -143,6 +163,25 @@ class Journal:
         shutil.rmtree(self.folder)
 
 
+class Keeper(Protocol):
+    """What keeps waves: a `Journal`, or what stands for it where several processes share one."""
+
+    def decide(self, label: str, name: str, make: Callable[[], Any]) -> Any:
+        """As `Journal.decide`."""
+
+    def finished(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """As `Journal.finished`."""
+
+    def finish(self, key: Mapping[str, Any], records: Records, seconds: float) -> None:
+        """As `Journal.finish`."""
+
+    def save(self, key: Mapping[str, Any], state: Any, records: Records, seconds: float) -> None:
+        """As `Journal.save`."""
+
+    def load(self, key: Mapping[str, Any], like: Any) -> tuple[Any, Mapping[str, Any]] | None:
+        """As `Journal.load`."""
+
+
 class Waves:
     """The waves of one optimizer, in the order in which they come whenever the study is begun.
 
@@ -151,8 +190,12 @@ class Waves:
       label: the optimizer's.
     """
 
-    def __init__(self, journal: Journal | None = None, label: str = "") -> None:
+    def __init__(self, journal: Keeper | None = None, label: str = "") -> None:
         self._journal, self._label, self._count = journal, label, 0
+
+    def decide(self, name: str, make: Callable[[], Any]) -> Any:
+        """JSON that is made once, even if the study is interrupted: see `Journal.decide`."""
+        return self._journal.decide(self._label, name, make) if self._journal else make()
 
     def next(self, hyperparams: Mapping[str, np.ndarray], seeds: np.ndarray, steps: int) -> "Wave":
         """The next wave: these runs, for so many steps."""
@@ -170,7 +213,7 @@ class Waves:
 class Wave:
     """Runs that advance together: what is known of them from before, and what is to be kept."""
 
-    def __init__(self, journal: Journal | None, key: Mapping[str, Any]) -> None:
+    def __init__(self, journal: Keeper | None, key: Mapping[str, Any]) -> None:
         self._journal, self._key = journal, key
         self._began = time.perf_counter()
         self._earlier = 0.0
@@ -236,12 +279,10 @@ def begin(
                 "begin anew: --overwrite"
             )
         with _reported(folder):
-            for name in (_STUDY, _WAVES):
+            for name in (_STUDY, _WAVES, _DECISIONS):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / _STATE, ignore_errors=True)
-            prepared = folder / (_STUDY + ".new")
-            prepared.write_text(json.dumps(study, indent=2) + "\n", encoding="utf-8")
-            os.replace(prepared, folder / _STUDY)
+            _replace(folder / _STUDY, study)
         with contextlib.closing(Journal(folder, study, seconds=seconds)) as journal:
             try:
                 yield journal
@@ -310,6 +351,20 @@ def _reported(folder: Path) -> Iterator[None]:
             f"checkpoint in {folder}: {what}; the last good one is kept: once the disk can be "
             "written, go on with optgrad resume"
         ) from error
+
+
+def _alone() -> Any:
+    """Of several processes the first alone keeps checkpoints; orbax would wait for the others."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+
+
+def _replace(path: Path, content: Any) -> None:
+    """Writes JSON whole or not at all."""
+    prepared = path.with_name(path.name + ".new")
+    prepared.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(prepared, path)
 
 
 def _read_waves(path: Path) -> dict[tuple[str, int], Mapping[str, Any]]:

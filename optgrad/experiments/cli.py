@@ -1,5 +1,7 @@
 """The command line: list, show, problems, compare, resume, report and reproduce."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +69,13 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
     tensorboard: Annotated[
         bool | None, typer.Option("--tensorboard", help="TensorBoard event files, too.")
     ] = None,
+    mesh: Annotated[str | None, typer.Option(help="Devices: runs=4,data=2.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT of process 0 of several, or auto on a cluster.")
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(help="How many processes.")] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
+    timeout: Annotated[int, typer.Option(help="Seconds to wait for the other processes.")] = 300,
     output: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier results folder.")] = False,
     set_: Annotated[
@@ -89,6 +98,7 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
         "tuning.select_by": select_by,
         "vectorize": vectorize,
         "tensorboard": tensorboard,
+        "mesh": mesh,
         "output": output,
     }
     # Imported here: 'optgrad list' and a refused configuration need no data set and no figures.
@@ -97,6 +107,10 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
     with terminal.refusals():
         overrides |= dict(config_lib.parse_override(text) for text in set_ or ())
         settings = config_lib.load_config(config, overrides)
+    with _together(coordinator, num_processes, process_id, timeout) as leads, terminal.refusals():
+        if not leads:
+            _take_part(data_dir, settings)
+            return
         folder = settings.output or results.default_folder(settings)
         results.check_destination(folder, overwrite=overwrite)
         study = {
@@ -109,16 +123,28 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
 
 
 @app.command()
-def resume(
+def resume(  # noqa: PLR0917  typer reads the options from the signature
     folder: Annotated[
         Path, typer.Argument(help="The results folder that was to be written, or its .partial.")
     ],
     data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT of process 0 of several, or auto on a cluster.")
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(help="How many processes.")] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
+    timeout: Annotated[int, typer.Option(help="Seconds to wait for the other processes.")] = 300,
 ) -> None:
     """Go on with a comparison that was interrupted, at any moment and in any way."""
     from optgrad.experiments import checkpoint, results  # noqa: PLC0415
 
-    with terminal.refusals(), checkpoint.resume(folder) as journal:
+    with contextlib.ExitStack() as stack:
+        leads = stack.enter_context(_together(coordinator, num_processes, process_id, timeout))
+        stack.enter_context(terminal.refusals())
+        if not leads:
+            _take_part(data_dir)
+            return
+        journal = stack.enter_context(checkpoint.resume(folder))
         study = journal.study
         moved = {"data_dir": data_dir.resolve()} if data_dir else {}
         settings = config_lib.CompareConfig.model_validate({**study["config"], **moved})
@@ -155,11 +181,15 @@ def _run_study(
 ) -> None:
     """Runs a comparison to its end, or as far as it comes, and prints what it found."""
     from optgrad.experiments import compare as compare_lib  # noqa: PLC0415
-    from optgrad.experiments import event_files, results  # noqa: PLC0415
+    from optgrad.experiments import distributed, event_files, results  # noqa: PLC0415
 
     if settings.tensorboard:
         event_files.check_installed()
     live = LiveView(settings)
+    keeper = journal
+    if distributed.process_count() > 1:
+        distributed.broadcast(_resolved(settings))
+        keeper = distributed.SharedJournal(journal)
     try:
         with Live(
             get_renderable=live.render,
@@ -167,7 +197,9 @@ def _run_study(
             refresh_per_second=4,
             transient=True,
         ):
-            comparison = compare_lib.run_comparison(settings, live.on_interval, journal)
+            comparison = compare_lib.run_comparison(
+                settings, live.on_interval, keeper, live.on_note
+            )
         results.write(comparison, folder, overwrite=overwrite)
     except BaseException:
         if not journal.is_empty:
@@ -180,6 +212,35 @@ def _run_study(
     header, rows = report.table(comparison)
     terminal.console.print(terminal.table(header, rows, title=comparison.problem))
     terminal.console.print(f"Results, curves and report: {folder}", highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _together(
+    coordinator: str | None, processes: int | None, process: int | None, timeout: int
+) -> Iterator[bool]:
+    """Meets the other processes, if there are to be any; gives whether this one leads."""
+    if (coordinator, processes, process) == (None, None, None):
+        yield True
+        return
+    from optgrad.experiments import distributed  # noqa: PLC0415
+
+    with terminal.refusals():
+        distributed.initialize(coordinator, processes, process, timeout=timeout)
+    with distributed.ended_together():
+        yield distributed.is_first()
+
+
+def _take_part(data_dir: Path | None, own: config_lib.CompareConfig | None = None) -> None:
+    """Runs what the first process runs; prints and writes nothing."""
+    from optgrad.experiments import compare as compare_lib  # noqa: PLC0415
+    from optgrad.experiments import distributed  # noqa: PLC0415
+
+    config = distributed.broadcast(None)
+    if own:
+        distributed.check_agreement(_resolved(own), config)
+    place = {"data_dir": data_dir} if data_dir else {}
+    settings = config_lib.CompareConfig.model_validate({**config, **place})
+    compare_lib.run_comparison(settings, journal=distributed.SharedJournal(None))
 
 
 def _split(text: str | None) -> list[Any] | None:

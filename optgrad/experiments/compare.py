@@ -1,9 +1,11 @@
 """A comparison: every optimizer of a configuration, tuned and replicated on one problem."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from optgrad import registry
@@ -20,10 +22,12 @@ from optgrad.experiments import (
     tuning,
 )
 from optgrad.experiments.config import CompareConfig, OptimizerConfig
+from optgrad.experiments.mesh import RunMesh
 from optgrad.experiments.scores import ACCURACY, Score
 
 # (label, stage, record of one evaluation of one run, with the problem's "score") -> None
 OnInterval = Callable[[str, str, Mapping[str, Any]], None]
+OnNote = Callable[[str, str], None]  # label, one line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Outcome:
     compile_seconds: float = 0.0  # of this process, for all its programs
     seconds_per_step: float | None = None  # of training, where that was measured
     published: tuning.Stage | None = None  # runs at the published defaults
+    notes: tuple[str, ...] = ()  # how the runs went through the machine, and why
 
     @property
     def stages(self) -> tuple[tuning.Stage, ...]:
@@ -103,7 +108,8 @@ class Comparison:
 def run_comparison(
     config: CompareConfig,
     on_interval: OnInterval | None = None,
-    journal: checkpoint.Journal | None = None,
+    journal: checkpoint.Keeper | None = None,
+    on_note: OnNote | None = None,
 ) -> Comparison:
     """Loads the data, then tunes and replicates each optimizer in turn.
 
@@ -111,10 +117,19 @@ def run_comparison(
       config: what to compare.
       on_interval: called with (label, stage, record) after every evaluation of every run.
       journal: where the runs are kept as they go, and come from if they were interrupted.
+      on_note: called with (label, how its runs go through the machine, and why).
     """
+    several = bool(config.mesh) or jax.process_count() > 1
+    mesh = RunMesh(config.mesh) if several else None  # refused before any data is read
     problem = load_problem(config)
+    if mesh:  # once for all optimizers
+        problem = dataclasses.replace(problem, data=mesh.replicate(problem.data))
     config = _with_selection(config, problem)
-    all_studies = [studies.Study(config, problem, one) for one in config.optimizers]  # refuse first
+    # Made before any runs: what cannot be run is refused first.
+    all_studies = [studies.Study(config, problem, one, mesh) for one in config.optimizers]
+    for study in all_studies:
+        if on_note:
+            study.listen(functools.partial(on_note, study.optimizer.label))
     outcomes = [
         _run_one(study, on_interval, checkpoint.Waves(journal, study.optimizer.label))
         for study in all_studies
@@ -186,7 +201,7 @@ def _run_one(
     compiling = compilation.seconds() - compiling
     outcome = Outcome(
         optimizer, found.tuned, study.compilations, 0.0, compiling, found.seconds_per_step,
-        found.published,
+        found.published, study.notes,
     )  # fmt: skip
     seconds = sum(stage.history.seconds for stage in outcome.stages)
     return dataclasses.replace(outcome, seconds=seconds)
@@ -263,6 +278,7 @@ def _summary(outcome: Outcome, target: float, score: Score) -> dict[str, Any]:
     record["training_seconds"] = outcome.seconds
     record["compile_seconds"] = outcome.compile_seconds
     record["compilations"] = outcome.compilations
+    record["notes"] = "; ".join(outcome.notes)
     return record
 
 

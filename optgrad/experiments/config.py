@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from optgrad import registry
 from optgrad.core import checks
-from optgrad.experiments import budgets, catalogue, data, models, search_space, user_problems
+from optgrad.experiments import budgets, catalogue, data, mesh, models, search_space, user_problems
 from optgrad.experiments import features as features_lib
 from optgrad.experiments.schedules import ScheduleConfig
 
@@ -46,6 +46,18 @@ def _distinct(rates: tuple[float, ...] | None) -> tuple[float, ...] | None:
     if rates is not None and (not rates or len(set(rates)) < len(rates)):
         raise ValueError(f"rates = {list(rates)}; accepted: distinct positive numbers")
     return rates
+
+
+def _mesh_sizes(value: Any) -> Any:
+    """``"runs=4,data=2"`` or a table of the same."""
+    if isinstance(value, str):
+        return mesh.parse(value)
+    if isinstance(value, Mapping):
+        try:
+            mesh.check_sizes(value)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+    return value
 
 
 Rates = Annotated[tuple[PositiveFloat, ...] | None, pydantic.AfterValidator(_distinct)]
@@ -177,6 +189,8 @@ class CompareConfig(_Model):
     published_defaults: bool = False
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     vectorize: Literal["auto", "vmap", "map"] = "auto"
+    mesh: Annotated[dict[str, int], pydantic.BeforeValidator(_mesh_sizes)] = {}
+    memory_limit: Annotated[pydantic.ByteSize, Field(gt=0)] | None = None
     microbatch_size: PositiveInt | None = None
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 5.0  # between two, at least; 0 is each time
     tensorboard: bool = False  # event files of all runs among the results

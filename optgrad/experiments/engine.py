@@ -8,6 +8,9 @@ one compilation of the training step, because hyperparameters and seeds are trac
 - ``"map"``-ped: one run after the other through the same compiled function (CPU, where the cores
   are busy with one run already; `benchmarks/vectorization.py` shows the times).
 
+Which of the two is measured where that pays (`measurement`). Runs that go together and do not fit
+into memory go in waves (`memory`); on several devices they are divided among them (`mesh`).
+
 An evaluation interval is one `lax.scan`. There is one exception, which the engine makes itself: on
 CPU, XLA runs a convolution inside any loop many times slower than outside, so there a host loop
 drives one compiled step.
@@ -16,40 +19,27 @@ What one run computes is in `program`: functions of (seed, step) alone, so that 
 numbers, up to float rounding, whatever runs beside it.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from optgrad import registry
 from optgrad.core import checks
-from optgrad.experiments import checkpoint
+from optgrad.experiments import checkpoint, measurement, memory
 from optgrad.experiments import features as features_lib
+from optgrad.experiments.executable import Executable
 from optgrad.experiments.extras import Extras
+from optgrad.experiments.history import History, Runs
+from optgrad.experiments.mesh import RunMesh
 from optgrad.experiments.problems import Problem
-from optgrad.experiments.program import Program, RunState
+from optgrad.experiments.program import Program
+
+__all__ = ["VECTORIZE", "History", "OnInterval", "Runs", "Trainer"]
 
 VECTORIZE = ("auto", "vmap", "map")
-
-
-class Runs(NamedTuple):
-    """A batch of R runs: what differs between them."""
-
-    hyperparams: Mapping[str, np.ndarray]  # traced hyperparameters, each of shape [R]
-    seeds: np.ndarray  # integers [R]
-
-
-class History(NamedTuple):
-    """What R runs did, at E evaluations; NaN from an evaluation's divergence on."""
-
-    steps: np.ndarray  # [E], from 0
-    metrics: Mapping[str, np.ndarray]  # each [R, E]; train_loss, test_accuracy, …
-    diverged_at: np.ndarray  # [R], 0 for a run that did not diverge
-    seconds: float  # wall time of the training, compilation included
 
 
 OnInterval = Callable[[int, int, Mapping[str, float]], None]  # run, step, its metrics
@@ -67,6 +57,14 @@ class Trainer:
       vectorize: ``"auto"``, ``"vmap"`` or ``"map"``.
       microbatch_size: per-example gradients held at once, for methods that need their variance.
       features: what surrounds the method: schedule, weight decay, accumulation, average.
+      mesh: the devices; with an axis of runs these go together, whatever ``vectorize`` says.
+      memory_limit: bytes that the runs may take on one device; None: see `memory.device_bytes`.
+      name: under which its decisions are kept, where an optimizer has several trainers.
+
+    Attributes:
+      vectorize: ``"vmap"`` or ``"map"``; for ``"auto"`` the backend's usual, until `choose`.
+      notes: in words, how the runs go and why.
+      on_note: called with each of them.
 
     Raises:
       ValueError: if the method needs something that the harness, or the problem, does not have, or
@@ -83,42 +81,72 @@ class Trainer:
         vectorize: str = "auto",
         microbatch_size: int | None = None,
         features: features_lib.Features = features_lib.PLAIN,
+        mesh: RunMesh | None = None,
+        memory_limit: int | None = None,
+        name: str = "",
     ) -> None:
         checks.check_one_of("vectorize", vectorize, VECTORIZE)
         checks.check_in_range("eval_every", eval_every, 1)
         features.check(method)
-        self.program = Program(
-            problem,
-            method,
-            dict(hyperparams or {}),
-            eval_every,
-            features,
-            Extras(problem, method, microbatch_size),
-        )
+        extras = Extras(problem, method, microbatch_size)
+        if mesh:
+            problem = dataclasses.replace(problem, data=mesh.replicate(problem.data))
+        fixed = dict(hyperparams or {})
+        self.program = Program(problem, method, fixed, eval_every, features, extras, mesh)
         on_cpu = jax.default_backend() == "cpu"
         self.problem, self.method = problem, method
         self.eval_every, self.features = eval_every, features
-        self.vectorize = ("map" if on_cpu else "vmap") if vectorize == "auto" else vectorize
-        self.scans = not (on_cpu and problem.has_convolutions)
-
-        def compiled(function: Callable[..., Any], *in_axes: int | None, **options: Any) -> Any:
-            vmapped = jax.vmap(function, in_axes) if self.vectorize == "vmap" else function
-            return jax.jit(vmapped, **options)
-
-        self._init = compiled(self.program.init, 0, 0)
-        self._batches = compiled(self.program.draw, 0, 0, None)
-        # Donation lets XLA update parameters and averages in place.
-        self._interval = compiled(self.program.interval, 0, 0, 0, None, donate_argnums=0)
-        self._step = compiled(self.program.step, 0, 0, 0, None, None, donate_argnums=0)
-        self._evaluate = compiled(self.program.evaluate, 0, None, None, static_argnums=2)
-        self._evaluate_one = compiled(problem.evaluate, 0, None, None, None, static_argnums=2)
+        self.notes: list[str] = []
+        self.on_note: Callable[[str], None] = lambda text: None
+        self._measures = vectorize == "auto" and not mesh
+        self._scans = not (on_cpu and problem.has_convolutions)
+        self._memory_limit, self._name = memory_limit, name
         self._width: int | None = None
+        usual = "map" if on_cpu else "vmap"
+        self._use(usual if vectorize == "auto" else vectorize)
+        if mesh and mesh.runs > 1 and self.vectorize == "map":
+            self._use("vmap")
+            self.notes.append(f"together, not one after the other, on the mesh {mesh}")
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.on_note(text)
+
+    def _use(self, vectorize: str) -> None:
+        self.vectorize = vectorize
+        together = vectorize == "vmap"
+        self.executable = Executable(self.program, together=together, scans=self._scans)
 
     @property
     def compilations(self) -> int:
         """How often the training step has been compiled."""
-        compiled: Any = self._interval if self.scans else self._step
-        return int(compiled._cache_size())
+        return self.executable.compilations
+
+    def choose(
+        self,
+        hyperparams: Mapping[str, float],
+        runs: int,
+        run_steps: int,
+        waves: checkpoint.Waves | None = None,
+    ) -> None:
+        """Measures whether runs go together or not, if that was left to the trainer and pays.
+
+        Args:
+          hyperparams: those that the runs will have, with values to try it with.
+          runs: how many could go together.
+          run_steps: expected of all runs.
+          waves: where the choice is kept.
+        """
+        if not self._measures:
+            return
+
+        def choice() -> list[str]:
+            return [*measurement.choose_way(self.executable, hyperparams, runs, run_steps)]
+
+        chosen, why = (waves or checkpoint.Waves()).decide(f"vectorize{self._name}", choice)
+        self._note(why)
+        if chosen != self.vectorize:
+            self._use(chosen)
 
     def check(self, hyperparams: Iterable[str]) -> None:
         """Traces one interval of one run without running it: raises what it would raise.
@@ -126,12 +154,7 @@ class Trainer:
         Args:
           hyperparams: names of the hyperparameters that the runs will have.
         """
-        scalar = jnp.zeros((), jnp.float32)
-        seed = jnp.zeros((), jnp.uint32)
-        values = dict.fromkeys(hyperparams, scalar)
-        state = jax.eval_shape(self.program.init, values, seed)
-        drawn = jax.eval_shape(self.program.draw, state.step, seed, self.problem.data)
-        jax.eval_shape(self.program.interval, state, values, drawn, self.problem.data)
+        self.program.check(hyperparams)
 
     def train(
         self,
@@ -155,10 +178,10 @@ class Trainer:
         count = len(runs.seeds)
         vmapped = self.vectorize == "vmap"
         # The first batch of runs sets the width of the compiled program; later ones are padded.
-        self._width = (self._width or count) if vmapped else 1
+        waves = waves or checkpoint.Waves()
+        self._width = (self._width or self._fitting(runs, waves)) if vmapped else 1
         records: checkpoint.Records = []
         seconds = 0.0
-        waves = waves or checkpoint.Waves()
         for first in range(0, count, self._width):
             # The last wave is filled up with its last run.
             rows = np.minimum(first + np.arange(self._width), count - 1)
@@ -180,30 +203,40 @@ class Trainer:
                 checkpoint.replay(found, self.eval_every, report)
             seconds += wave.seconds
             records += found[: count - first]
-        evaluations = np.arange(0, steps + 1, self.eval_every)
-        names = [name for name in records[0][0] if name != "diverged_at"]
-        metrics = {name: np.array([[r[name] for r in run] for run in records]) for name in names}
-        diverged_at = np.array([int(run[-1]["diverged_at"]) for run in records])
-        return History(evaluations, metrics, diverged_at, seconds)
+        return History.of(records, np.arange(0, steps + 1, self.eval_every), seconds)
+
+    def _fitting(self, runs: Runs, waves: checkpoint.Waves) -> int:
+        """How many of these runs go together."""
+        count = len(runs.seeds)
+
+        def width() -> list[Any]:
+            names = list(runs.hyperparams)
+            plan = memory.plan_runs(self.executable, names, count, self._memory_limit)
+            return [plan.width, plan.describe(count)]
+
+        found, note = waves.decide(f"width{self._name}", width)
+        self._note(note)
+        return int(found)
 
     def _train_wave(
         self, runs: Runs, steps: int, wave: checkpoint.Wave, on_interval: OnInterval
     ) -> checkpoint.Records:
-        hyperparams = {k: jnp.asarray(v, jnp.float32) for k, v in runs.hyperparams.items()}
-        seeds = jnp.asarray(runs.seeds, jnp.uint32)
-        state = self._init(hyperparams, seeds)
-        train_loss = jnp.full(seeds.shape, jnp.nan)
+        executable = self.executable
+        values = {k: np.asarray(v, np.float32) for k, v in runs.hyperparams.items()}
+        hyperparams, seeds = executable.place((values, np.asarray(runs.seeds, np.uint32)))
+        state = executable.init(hyperparams, seeds)
+        train_loss = executable.place(np.full(seeds.shape, np.nan, np.float32))
         records: checkpoint.Records = [[] for _ in np.atleast_1d(runs.seeds)]
         if interrupted := wave.load(state):
             state, records = interrupted
+            state = executable.place(state)
             checkpoint.replay(records, self.eval_every, on_interval)
         for step in range(len(records[0]) * self.eval_every, steps + 1, self.eval_every):
             if step:
-                state, train_loss = self._advance(state, hyperparams, seeds)
-            evaluated = self.features.evaluated(state.params, state.opt_state)
-            metrics = {"train_loss": train_loss, **self._evaluate_all(evaluated)}
-            host = {k: np.atleast_1d(np.asarray(v, float)) for k, v in metrics.items()}
-            diverged_at = np.atleast_1d(np.asarray(state.diverged_at))
+                state, train_loss = executable.advance(state, hyperparams, seeds)
+            metrics = {"train_loss": train_loss, **executable.evaluate(state)}
+            *fetched, diverged_at = executable.fetch([*metrics.values(), state.diverged_at])
+            host = dict(zip(metrics, np.asarray(fetched, float), strict=True))
             for row, record in enumerate(records):
                 found = {k: float(v[row]) for k, v in host.items()}
                 at = int(record[-1]["diverged_at"]) if record else 0
@@ -219,31 +252,3 @@ class Trainer:
                 return [r + [r[-1]] * ((steps - step) // self.eval_every) for r in records]
             wave.save(state, records)
         return records
-
-    def _advance(
-        self, state: RunState, hyperparams: Any, seeds: chex.Array
-    ) -> tuple[RunState, chex.Array]:
-        """One evaluation interval, and the mean training loss over it."""
-        drawn = self._batches(state.step, seeds, self.problem.data)
-        if self.scans:
-            state, train_loss = self._interval(state, hyperparams, drawn, self.problem.data)
-            return state, train_loss
-        total = jnp.zeros(seeds.shape)
-        for index in range(self.eval_every):
-            state, loss = self._step(state, hyperparams, drawn, index, self.problem.data)
-            total += loss
-        return state, total / self.eval_every
-
-    def _evaluate_all(self, params: Any) -> dict[str, chex.Array]:
-        metrics: dict[str, chex.Array] = {}
-        for split, batches in self.problem.splits.items():
-            if self.scans:
-                sums = self._evaluate(params, self.problem.data, split)
-            else:
-                parts = [
-                    self._evaluate_one(params, self.problem.data, split, index)
-                    for index in range(batches)
-                ]
-                sums = jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *parts)
-            metrics |= {f"{split}_{k}": v / sums["count"] for k, v in sums.items() if k != "count"}
-        return metrics

@@ -74,6 +74,11 @@ class LiveView:
             rate=self.steps / max(time.monotonic() - self.started, 1e-9),
         )
 
+    def on_note(self, label: str, text: str) -> None:
+        """Says how the runs go through the machine."""
+        where = terminal.console if terminal.console.is_terminal else terminal.errors
+        where.print(f"{label}: {text}", markup=False, highlight=False, soft_wrap=True)
+
     def render(self) -> Group:
         """The view as it is now."""
         best = f"best {self.score.heading}"

@@ -216,6 +216,10 @@ def epoch_indices(
     def permutation(epoch: chex.Array) -> chex.Array:
         return jax.random.permutation(jax.random.fold_in(key, epoch), count)
 
-    orders = jax.vmap(permutation)(first_epoch + jnp.arange(num_epochs))
+    def order(epoch: chex.Array) -> chex.Array:  # shuffling takes as long as several steps
+        is_reached = epoch <= steps[-1] // per_epoch
+        return jax.lax.cond(is_reached, permutation, lambda _: jnp.arange(count), epoch)
+
+    orders = jax.lax.map(order, first_epoch + jnp.arange(num_epochs))
     columns = (steps % per_epoch)[:, None] * batch_size + jnp.arange(batch_size)
     return orders[(steps // per_epoch - first_epoch)[:, None], columns]

@@ -1,7 +1,7 @@
 """One run, inside jit: its beginning, its batches, its steps and its evaluation."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -13,6 +13,7 @@ from optgrad import registry
 from optgrad.core import transforms
 from optgrad.experiments.extras import Extras
 from optgrad.experiments.features import Features
+from optgrad.experiments.mesh import RunMesh
 from optgrad.experiments.problems import Problem, step_keys
 
 _LABELS = 2  # folded into a run's key; its initialisation and batches have the two of its split
@@ -40,6 +41,7 @@ class Program:
       eval_every: steps of an interval.
       features: what surrounds the method.
       extras: what its update is given.
+      mesh: among whose devices the examples of a batch are divided, if there is one.
     """
 
     problem: Problem
@@ -48,6 +50,25 @@ class Program:
     eval_every: int
     features: Features
     extras: Extras
+    mesh: RunMesh | None = None
+
+    def check(self, hyperparams: Iterable[str]) -> None:
+        """Traces one interval without running it: raises what it would raise.
+
+        Args:
+          hyperparams: names of those that a run will have.
+        """
+        seed, data = jnp.zeros((), jnp.uint32), self.problem.data
+        values = dict.fromkeys(hyperparams, jnp.zeros((), jnp.float32))
+        state = jax.eval_shape(self.init, values, seed)
+        drawn = jax.eval_shape(self.draw, state.step, seed, data)
+        if self.mesh:
+
+            def first_batch(data: Any, drawn: Any) -> Any:
+                return self.problem.batch(data, jax.tree.map(lambda x: x[0], drawn))
+
+            self.mesh.check_batch(jax.eval_shape(first_batch, data, drawn[0]))
+        jax.eval_shape(self.interval, state, values, drawn, data)
 
     def init(self, hyperparams: Any, seed: chex.Array) -> RunState:
         """The state before the first step."""
@@ -88,20 +109,46 @@ class Program:
         one = jax.tree.map(lambda x: x[index], drawn)
         return self._update(state, hyperparams, one, data)
 
-    def evaluate(self, params: Any, data: Any, split: str) -> dict[str, chex.Array]:
+    def evaluated(self, state: RunState) -> Any:
+        """The parameters that are evaluated."""
+        return self.features.evaluated(state.params, state.opt_state)
+
+    def evaluate(self, split: str, params: Any, data: Any) -> dict[str, chex.Array]:
         """Sums of the metrics over a split."""
 
         def one(index: chex.Array) -> dict[str, chex.Array]:
+            return self.evaluate_group(split, params, data, index)
+
+        parts = jax.lax.map(one, jnp.arange(self.groups(split)))
+        return {name: jnp.sum(values) for name, values in parts.items()}
+
+    def groups(self, split: str) -> int:
+        """Into how many groups the batches of a split are divided: see `evaluate_group`."""
+        return -(-self.problem.splits[split] // (self.mesh.data if self.mesh else 1))
+
+    def evaluate_group(
+        self, split: str, params: Any, data: Any, group: chex.Numeric
+    ) -> dict[str, chex.Array]:
+        """Sums of the metrics over one batch of a split; on a mesh, one batch for each device."""
+
+        def one(index: chex.Numeric) -> dict[str, chex.Array]:
             return self.problem.evaluate(params, data, split, index)
 
-        parts = jax.lax.map(one, jnp.arange(self.problem.splits[split]))
-        return {name: jnp.sum(values) for name, values in parts.items()}
+        if not self.mesh or self.mesh.data == 1:
+            return one(group)
+        indices = group * self.mesh.data + jnp.arange(self.mesh.data)
+        last = self.problem.splits[split] - 1
+        parts = jax.vmap(one)(self.mesh.divide_examples(jnp.minimum(indices, last)))
+        return {k: jnp.sum(jnp.where(indices <= last, v, 0)) for k, v in parts.items()}
 
     def _update(
         self, state: RunState, hyperparams: Any, one: Any, data: Any
     ) -> tuple[RunState, chex.Array]:
         drawn, key = one
-        value, grad, extra = self.extras.build(state.params, self.problem.batch(data, drawn), key)
+        batch = self.problem.batch(data, drawn)
+        if self.mesh:
+            batch = self.mesh.divide_examples(batch)
+        value, grad, extra = self.extras.build(state.params, batch, key)
         updates, opt_state = self._optimizer(hyperparams).update(
             grad, state.opt_state, state.params, **extra
         )

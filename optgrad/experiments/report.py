@@ -136,6 +136,7 @@ def costs(comparison: Comparison) -> list[str]:
         f"{sum(len(s.seeds) for s in outcome.stages)} runs, "
         f"{outcome.compilations} compilation(s) of the training step, "
         f"{outcome.compile_seconds:.1f} s of compiling"
+        + "".join(f"; {note}" for note in outcome.notes)
         for outcome in comparison.outcomes
     ]
 

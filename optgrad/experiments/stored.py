@@ -144,7 +144,7 @@ def _outcome(
     seconds, compiling = float(row["training_seconds"]), float(row["compile_seconds"])
     return Outcome(
         config, tuned, int(row["compilations"]), seconds, compiling, row["seconds_per_step"],
-        published,
+        published, (row["notes"],) if row["notes"] else (),
     )  # fmt: skip
 
 

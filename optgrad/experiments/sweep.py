@@ -44,11 +44,6 @@ class Trainers:
     def _static(self, point: search_space.Point) -> dict[str, Any]:
         return {k: v for k, v in point.items() if k in self.method.static_args}
 
-    @property
-    def compilations(self) -> int:
-        """How often training steps have been compiled."""
-        return sum(trainer.compilations for _, trainer in self._found)
-
 
 def tune_points(
     trainer_of: Callable[[search_space.Point], Trainer],

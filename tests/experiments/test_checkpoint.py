@@ -80,7 +80,7 @@ def test_what_is_finished_is_not_trained_again(tmp_path, monkeypatch):
     def fail(*arguments):
         pytest.fail("trained again")
 
-    monkeypatch.setattr("optgrad.experiments.engine.Trainer._advance", fail)
+    monkeypatch.setattr("optgrad.experiments.executable.Executable.advance", fail)
     with checkpoint.resume(results) as journal:
         assert_same(study(journal), expected)
 
@@ -95,7 +95,7 @@ def test_an_interrupted_wave_goes_on_from_its_state(tmp_path):
             {"learning_rate": np.array(1e6)}, np.array(0), 4
         )
         assert wave.finished() is None
-        begun = trainer()._init({"learning_rate": np.float32(1e6)}, np.uint32(0))
+        begun = trainer().executable.init({"learning_rate": np.float32(1e6)}, np.uint32(0))
         state, records = wave.load(begun)
         assert state.step == 2, "the third evaluation was interrupted before it was kept"
         assert [len(run) for run in records] == [3]

@@ -151,10 +151,10 @@ def test_bfloat16_is_near_float32_but_not_the_same():
 def test_master_parameters_keep_steps_that_bfloat16_would_round_away():
     trainer = Trainer(small(precision="bfloat16"), registry.get_method("sgd"), eval_every=1)
     rate, seed = {"learning_rate": jnp.float32(1e-6)}, jnp.uint32(0)
-    state = trainer._init(rate, seed)
+    state = trainer.executable.init(rate, seed)
     before = np.asarray(jax.flatten_util.ravel_pytree(state.params)[0])
     after = np.asarray(
-        jax.flatten_util.ravel_pytree(trainer._advance(state, rate, seed)[0].params)[0]
+        jax.flatten_util.ravel_pytree(trainer.executable.advance(state, rate, seed)[0].params)[0]
     )
     assert after.dtype == np.float32
     assert (after != before).mean() > 0.5

@@ -43,6 +43,8 @@ tensorboard = true
 validation = 5000
 target_accuracy = 0.9
 vectorize = "vmap"
+mesh = { runs = 4, data = 2 }
+memory_limit = "8GB"
 microbatch_size = 8
 checkpoint_seconds = 60.0
 output = "/tmp/somewhere"
@@ -131,6 +133,7 @@ def test_every_field_is_read(toml):
     assert loaded.augment == ("crop", "mirror")
     assert loaded.tuning.rates == (0.1, 0.01)
     assert (loaded.validation, type(loaded.validation)) == (5000, int)
+    assert (loaded.mesh, loaded.memory_limit) == ({"runs": 4, "data": 2}, 8 * 10**9)
     # The example leaves out nothing, so that a new field is covered too.
     tree = tomllib.loads(EVERYTHING)
     assert set(tree) == set(CompareConfig.model_fields) - config.PROBLEM_FIELDS - ELSEWHERE

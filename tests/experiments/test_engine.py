@@ -216,7 +216,7 @@ def test_the_count_of_compilations_can_fail():
 @pytest.mark.parametrize("vectorize", ["vmap", "map"])
 def test_host_stepped_runs_cost_one_compilation(vectorize):
     trainer = make_trainer("adam", softmax_regression(True), vectorize=vectorize)
-    assert not trainer.scans
+    assert not trainer.executable.scans
     with compiled_functions() as names:
         trainer.train(make_runs([0.1, 0.2], range(2)), 2 * EVAL_EVERY)
     assert names.count("step") == 1
@@ -366,12 +366,12 @@ def test_host_steps_equal_the_scan(vectorize):
     """The two ways through an interval, on a problem that only claims to convolve."""
     runs = make_runs([0.05, 0.1], range(2))
     trainer = make_trainer("m_svag_mb", softmax_regression(True), vectorize=vectorize)
-    assert not trainer.scans  # decided by the trainer itself
+    assert not trainer.executable.scans  # decided by the trainer itself
     stepped = trainer.train(runs, 2 * EVAL_EVERY)
-    assert trainer._interval._cache_size() == 0
-    trainer.scans = True
+    assert trainer.executable._interval._cache_size() == 0
+    trainer.executable.scans = True
     assert_same(trainer.train(runs, 2 * EVAL_EVERY), stepped)
-    assert trainer._interval._cache_size() == 1
+    assert trainer.executable._interval._cache_size() == 1
 
 
 def test_convolutions_are_stepped_from_the_host_and_equal_the_scan():
@@ -391,15 +391,15 @@ def test_convolutions_are_stepped_from_the_host_and_equal_the_scan():
     problem = dataclasses.replace(problem, init=init)
     runs = make_runs([0.05], [3])
     trainer = make_trainer("momentum", problem, eval_every=2)
-    assert not trainer.scans  # decided by the trainer itself
+    assert not trainer.executable.scans  # decided by the trainer itself
     history = trainer.train(runs, 4)
-    trainer.scans = True
+    trainer.executable.scans = True
     assert_same(trainer.train(runs, 4), history, rtol=1e-4, atol=1e-5)
     assert history.metrics["test_loss"][0, -1] != history.metrics["test_loss"][0, 0]
 
 
 def test_networks_without_convolutions_are_scanned():
-    assert make_trainer("sgd").scans
+    assert make_trainer("sgd").executable.scans
 
 
 # Divergence -----------------------------------------------------------------------------------

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from optgrad import registry
-from optgrad.experiments import checkpoint, compare, plots, report, results, sweep, timing, tuning
+from optgrad.experiments import (
+    checkpoint,
+    compare,
+    measurement,
+    plots,
+    report,
+    results,
+    sweep,
+    timing,
+    tuning,
+)
 from optgrad.experiments.config import load_config
 from optgrad.experiments.engine import History
 from optgrad.experiments.search_space import points
@@ -219,7 +229,9 @@ def test_a_budget_in_seconds_is_measured_once_and_kept(tmp_path, monkeypatch):
         (outcome,) = compared([adam], journal, **SECONDS).outcomes
     assert outcome.tuned.final.history.steps.tolist() == [0, 4, 8, 12, 16, 20]
     assert outcome.published.history.steps[-1] == 20
-    monkeypatch.setattr("optgrad.experiments.engine.Trainer._advance", None)  # trained no more
+    monkeypatch.setattr(
+        "optgrad.experiments.executable.Executable.advance", None
+    )  # trained no more
     with checkpoint.resume(tmp_path / "out") as journal:
         comparison = compared([adam], journal, **SECONDS)
     (again,) = comparison.outcomes
@@ -240,7 +252,7 @@ def test_the_measured_seconds_are_those_of_a_step(monkeypatch):
     problem = compare.load_problem(comparison_of)
     study = compare.studies.Study(compare._with_selection(comparison_of, problem), problem,
                                   comparison_of.optimizers[0])  # fmt: skip
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(measurement, "clock", lambda: float(next(ticks)))
     assert timing._measure(study.trainers({}), {"learning_rate": 0.1}) == 0.25
 
 

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pooch
 
 _CACHE_BYTES = 2 * 1024**3
 _SHORTEST = 0.1  # seconds; what compiles faster is not kept
+_WRITING = 60.0  # seconds, within which another process may still be about to write the rest
 
 _spent = 0.0
 
@@ -28,6 +30,7 @@ def cache_on_disk(folder: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        _remove_halves(folder)
     except OSError:
         return
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -36,6 +39,14 @@ def cache_on_disk(folder: Path | None = None) -> None:
         jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)  # type: ignore[no-untyped-call]
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST)  # type: ignore[no-untyped-call]
+
+
+def _remove_halves(folder: Path) -> None:
+    """Removes programs of which a killed process wrote a part: jax would warn for ever after."""
+    for program in folder.glob("*-cache"):
+        time_of_use = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        if not time_of_use.exists() and time.time() - program.stat().st_mtime > _WRITING:
+            program.unlink(missing_ok=True)
 
 
 def seconds() -> float:

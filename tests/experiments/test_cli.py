@@ -225,7 +225,7 @@ def test_compare_on_the_real_mnist(real_data_dir, run, tmp_path):
 def test_defaults_are_the_papers_four_on_digits(run, tmp_path, monkeypatch):
     seen = []
 
-    def note(settings, on_interval, journal, on_note):
+    def note(settings, *others):
         seen.append(settings)
         raise ValueError("enough")
 
@@ -238,7 +238,7 @@ def test_defaults_are_the_papers_four_on_digits(run, tmp_path, monkeypatch):
 def test_options_reach_their_fields(run, tmp_path, monkeypatch):
     seen = []
 
-    def note(settings, on_interval, journal, on_note):
+    def note(settings, *others):
         seen.append(settings)
         raise ValueError("enough")
 

@@ -69,3 +69,13 @@ def test_the_second_process_reads_what_the_first_compiled(tmp_path):
     assert {x for x in kept[1] if "-atime" not in x} == {x for x in kept[0] if "-atime" not in x}
     assert metrics[0] == metrics[1]
     assert spent[1] < spent[0]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, restored):
+    """A program without its time of use, unless another process may be writing it right now."""
+    for name in ("whole-cache", "whole-atime", "half-cache", "new-cache"):
+        (tmp_path / name).write_bytes(b"")
+    os.utime(tmp_path / "half-cache", (0, 0))
+    os.utime(tmp_path / "whole-cache", (0, 0))
+    compilation.cache_on_disk(tmp_path)
+    assert {x.name for x in tmp_path.iterdir()} == {"whole-cache", "whole-atime", "new-cache"}

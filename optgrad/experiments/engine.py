@@ -40,8 +40,6 @@ from optgrad.experiments.program import Program
 __all__ = ["VECTORIZE", "History", "OnInterval", "Runs", "Trainer"]
 
 VECTORIZE = ("auto", "vmap", "map")
-
-
 OnInterval = Callable[[int, int, Mapping[str, float]], None]  # run, step, its metrics
 
 

@@ -6,6 +6,7 @@ compiler divides the work itself: the batch is annotated, parameters and optimiz
 on every device, and what crosses is the sum of the gradients.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -124,11 +125,15 @@ class RunMesh:
 
     def divide_examples(self, batch: Any) -> Any:
         """Inside a compiled function: the leading axis of every leaf is divided among ``data``."""
-        # Where the axis of runs is divided by hand already, the mesh says so, and types carry it.
+        # Inside `compiled` the mesh says that the axis of runs is divided already, and types carry
+        # it; jax 0.7 however batches constraints on the mesh as it was made alone.
         context: Any = jax.sharding.get_abstract_mesh()
-        sharding = NamedSharding(self._mesh if context.empty else context, PartitionSpec(DATA))
         constrain: Any = jax.lax.with_sharding_constraint
-        return jax.tree.map(lambda x: constrain(x, sharding), batch)
+        for mesh in (self._mesh if context.empty else context, self._mesh):
+            sharding = NamedSharding(mesh, PartitionSpec(DATA))
+            with contextlib.suppress(NotImplementedError):
+                return jax.tree.map(lambda x, at=sharding: constrain(x, at), batch)
+        raise NotImplementedError("jax cannot divide a batch among devices here")
 
     def compiled(
         self,

@@ -5,8 +5,8 @@ one compilation of the training step, because hyperparameters and seeds are trac
 
 - ``"vmap"``-ed: all runs advance together in one program (accelerators, where a lone small network
   leaves the hardware idle), or
-- ``"map"``-ped: one run after the other through the same compiled function (CPU, where the cores
-  are busy with one run already; `benchmarks/vectorization.py` shows the times).
+- ``"map"``-ped: one after the other through the same compiled function (CPU, where the cores are
+  busy with one run already).
 
 Which of the two is measured where that pays (`measurement`). Runs that go together and do not fit
 into memory go in waves (`memory`); on several devices they are divided among them (`mesh`).
@@ -147,11 +147,7 @@ class Trainer:
             self._use(chosen)
 
     def check(self, hyperparams: Iterable[str]) -> None:
-        """Traces one interval of one run without running it: raises what it would raise.
-
-        Args:
-          hyperparams: names of the hyperparameters that the runs will have.
-        """
+        """As `Program.check`, for the names of the hyperparameters that the runs will have."""
         self.program.check(hyperparams)
 
     def train(

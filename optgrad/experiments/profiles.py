@@ -10,7 +10,7 @@ from scipy import stats
 from optgrad.experiments.compare import Comparison, Outcome, final_scores, steps_to_target
 from optgrad.experiments.scores import Score
 
-COSTS = ("steps to target", "final score")
+COSTS = ("gradient evaluations to target", "final score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,9 @@ def profiles_by(cost: str, studies: Mapping[str, Comparison]) -> Profiles:
     """The profiles of the optimizers that all studies have, over their common seeds.
 
     Args:
-      cost: ``"steps to target"``, counted from the first evaluation after the start, or ``"final
-        score"``: the share of errors for an accuracy, otherwise a loss that is never negative.
+      cost: ``"gradient evaluations to target"``, by the registry's nominal cost of a step, counted
+        from the first evaluation after the start, or ``"final score"``: the share of errors for an
+        accuracy, otherwise a loss that is never negative.
       studies: name -> study.
     """
     labels = common_labels(list(studies.values()))
@@ -121,7 +122,8 @@ def _costs(cost: str, outcome: Outcome, study: Comparison) -> dict[int, float]:
         return {}
     first = final.history.steps[1]
     steps = np.maximum(steps_to_target(final, study.target, study.score), first)
-    return {int(seed): float(s) for seed, s in zip(final.seeds, steps, strict=True)}
+    evaluations = steps * outcome.cost_per_step["gradient_evaluations"]
+    return {int(seed): float(n) for seed, n in zip(final.seeds, evaluations, strict=True)}
 
 
 def _common_seeds(by_label: Sequence[Mapping[int, float]]) -> list[int]:

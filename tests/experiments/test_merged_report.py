@@ -130,7 +130,7 @@ def test_profiles_and_ranks_of_studies_that_share_their_optimizers(studies, tmp_
     means = [float(row[1]) for row in rows]
     assert means == sorted(means) == [1.0, 2.0, 3.0, 4.0]
     found = across.all_profiles(same)
-    assert [one.cost for one in found] == ["steps to target", "final score"]
+    assert [one.cost for one in found] == ["gradient evaluations to target", "final score"]
     assert all(one.instances == {"mlp_small on digits": 2, "again": 2} for one in found)
     assert "figures/profiles.svg" in merged_report.markdown(same)
     figure = plots.profiles(found, across.labels(same))

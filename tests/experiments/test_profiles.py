@@ -51,7 +51,7 @@ def test_costs_that_have_no_factors_are_refused(costs):
 def test_instances_are_the_common_seeds_of_those_with_final_runs():
     """Seeds 1 to 3 but for the untuned one, 0 to 2; nothing was stable for sgd: it fails."""
     study = made_up_comparison()
-    found = profiles.profiles_by("steps to target", {"one": study})
+    found = profiles.profiles_by("gradient evaluations to target", {"one": study})
     assert found.instances == {"one": 2}
     assert found.profiles["sgd"].shares.tolist() == [0.0]
     assert found.profiles["adam"].shares[-1] == 1.0
@@ -71,11 +71,11 @@ def test_instances_are_the_common_seeds_of_those_with_final_runs():
 def test_only_shared_optimizers_count():
     one, other = made_up_comparison(), made_up_comparison(("adam", "a", "b", "c"))
     assert profiles.common_labels([one, other]) == ["adam"]
-    found = profiles.profiles_by("steps to target", {"one": one, "other": other})
+    found = profiles.profiles_by("gradient evaluations to target", {"one": one, "other": other})
     assert list(found.profiles) == ["adam"]
     assert found.instances == {"one": 3, "other": 3}
     none = made_up_comparison(("x", "a", "b", "c"))
-    found = profiles.profiles_by("steps to target", {"one": one, "none": none})
+    found = profiles.profiles_by("gradient evaluations to target", {"one": one, "none": none})
     assert (found.profiles, found.instances) == ({}, {})
 
 
@@ -86,7 +86,7 @@ def test_scores_that_have_no_factors_are_left_out_and_named():
     falling = dataclasses.replace(study, score=LOSS)
     study.outcomes[0].tuned.final.history.metrics["test_loss"][:] = -1.0
     assert "negative" in profiles.profiles_by("final score", {"s": falling}).left_out["s"]
-    assert "s" in profiles.profiles_by("steps to target", {"s": falling}).instances
+    assert "s" in profiles.profiles_by("gradient evaluations to target", {"s": falling}).instances
 
 
 def test_ranks_share_ties_and_put_failures_last():

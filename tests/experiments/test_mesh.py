@@ -109,7 +109,7 @@ def test_methods_that_need_more_than_gradients(name, mesh):
 @pytest.mark.parametrize("kind", ["images", "quadratic", "stepped"])
 def test_kinds_of_problems(kind, mesh):
     problem = {
-        "images": lambda: images(augment=("crop", "mirror", "colour")),
+        "images": images,
         "quadratic": lambda: quadratics.noisy_quadratic(batch_size=4, dimension=6),
         "stepped": lambda: softmax_regression(has_convolutions=True),
     }[kind]()
@@ -119,14 +119,13 @@ def test_kinds_of_problems(kind, mesh):
     assert trainers[1].compilations == 1
 
 
-def images(**options):
+def images():
     return problems.image_classification(
         data.load("digits").split_validation(0.1),
         "mlp_small",
         batch_size=8,
         model_options={"hidden": (5,)},
         evaluation_batch=100,  # of 1000 in three splits: two devices do not divide them
-        **options,
     )
 
 

@@ -12,6 +12,8 @@ import pytest
 import optgrad
 from optgrad.core import layer_statistics, oracles
 
+pytestmark = pytest.mark.slow  # many programs to compile: in CI's slow stage
+
 N = 7  # examples: prime, so that no size of micro-batches divides it
 L2 = 0.1
 

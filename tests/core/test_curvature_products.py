@@ -10,6 +10,8 @@ import pytest
 
 from optgrad.core import oracles
 
+pytestmark = pytest.mark.slow  # many programs to compile: in CI's slow stage
+
 MODES = ("exact", "jvp", "fd", "fdc")
 # Relative errors of products by the specification, with a factor 10 for another network.
 ERRORS = {

@@ -13,6 +13,8 @@ import optgrad
 from optgrad.core import line_search
 from optgrad.experiments.reproduce import survey_toys
 
+pytestmark = pytest.mark.slow  # many programs to compile: in CI's slow stage
+
 SEARCHES = {
     "zoom": lambda: optax.scale_by_zoom_linesearch(20),
     "backtracking": lambda: optax.scale_by_backtracking_linesearch(30, decrease_factor=0.5),

@@ -13,6 +13,8 @@ from optgrad.experiments import reproduce
 from optgrad.experiments.reproduce import digits_network, online_parabola, online_parabola_network
 from optgrad.experiments.reproduce import report as report_lib
 
+pytestmark = pytest.mark.slow  # many programs to compile: in CI's slow stage
+
 PAPER = reproduce.get_reproduction("online-parabola")
 QUICK = reproduce.Settings(quick=True)
 COLUMNS = {

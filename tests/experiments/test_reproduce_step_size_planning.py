@@ -20,6 +20,8 @@ from optgrad.experiments.reproduce import (
 )
 from optgrad.experiments.reproduce import report as report_lib
 
+pytestmark = pytest.mark.slow  # many programs to compile: in CI's slow stage
+
 PAPER = reproduce.get_reproduction("step-size-planning")
 QUICK = reproduce.Settings(quick=True)
 COLUMNS = {

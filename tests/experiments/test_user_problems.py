@@ -19,6 +19,8 @@ from optgrad.experiments import terminal as terminal_lib
 from optgrad.experiments.config import ConfigError, load_config
 from optgrad.experiments.live_view import LiveView
 
+pytestmark = pytest.mark.slow  # many programs to compile: in CI's slow stage
+
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "problems.md").read_text(encoding="utf-8")
 VALLEY, ROBUST = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)

@@ -9,6 +9,8 @@ import pytest
 import optgrad
 from optgrad.online_regression import parabola
 
+pytestmark = pytest.mark.slow  # many programs to compile: in CI's slow stage
+
 SUBSPACE = ("ogr_subspace", "ogr_diagonal_subspace")
 
 

@@ -21,6 +21,8 @@ from .trajectories import (
     updates_of,
 )
 
+pytestmark = pytest.mark.slow  # many programs to compile: in CI's slow stage
+
 CURVATURES = np.array([0.3, 1.0, 4.0])
 
 

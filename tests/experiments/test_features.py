@@ -10,7 +10,7 @@ import pytest
 
 import optgrad
 from optgrad import registry
-from optgrad.experiments import compare, data, problems, report
+from optgrad.experiments import compare, data, problems, report, studies
 from optgrad.experiments.config import ConfigError, load_config
 from optgrad.experiments.engine import Runs, Trainer
 from optgrad.experiments.features import Features, with_average, with_weight_decay
@@ -360,7 +360,7 @@ def test_every_field_reaches_problem_and_trainer(monkeypatch):
     compare.load_problem(config)
     assert (given["label_smoothing"], given["precision"]) == (0.2, "bfloat16")
     assert given["augment"] == ("colour",)
-    trainer = compare._trainer(config, regression(16), config.optimizers[1])
+    trainer = studies.Study(config, regression(16), config.optimizers[1]).trainers({})
     features = trainer.features
     assert (features.weight_decay, features.ema) == (0.5, 0.9)
     assert (features.accumulate, features.batch_size) == (4, 16)

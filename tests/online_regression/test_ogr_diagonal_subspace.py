@@ -122,7 +122,7 @@ def test_notebook_preset_on_3d_beale():
     """With the notebooks' settings the mixture is ahead of the diagonal model."""
     mixed = geometric_means(optgrad.ogr_diagonal_subspace(0.4, d=2, paper=True))
     alone = geometric_means(optgrad.ogr_diagonal_subspace(0.0, d=2, paper=True))
-    assert np.mean(np.log(mixed)) < np.mean(np.log(alone))
+    assert np.mean(np.log(mixed)) < np.mean(np.log(alone)) - 0.1
 
 
 @pytest.mark.slow

@@ -20,6 +20,14 @@ from optgrad.experiments import (
 from optgrad.experiments import config as config_lib
 from optgrad.experiments.live_view import LiveView
 
+# How a process meets the others, in compare and in resume.
+Coordinator = Annotated[
+    str | None, typer.Option(help="HOST:PORT of process 0 of several, or auto on a cluster.")
+]
+NumProcesses = Annotated[int | None, typer.Option(help="How many processes.")]
+ProcessId = Annotated[int | None, typer.Option(help="Which of them this is, from 0.")]
+Timeout = Annotated[int, typer.Option(help="Seconds to wait for the other processes.")]
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
@@ -70,12 +78,10 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
         bool | None, typer.Option("--tensorboard", help="TensorBoard event files, too.")
     ] = None,
     mesh: Annotated[str | None, typer.Option(help="Devices: runs=4,data=2.")] = None,
-    coordinator: Annotated[
-        str | None, typer.Option(help="HOST:PORT of process 0 of several, or auto on a cluster.")
-    ] = None,
-    num_processes: Annotated[int | None, typer.Option(help="How many processes.")] = None,
-    process_id: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
-    timeout: Annotated[int, typer.Option(help="Seconds to wait for the other processes.")] = 300,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    timeout: Timeout = 300,
     output: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier results folder.")] = False,
     set_: Annotated[
@@ -128,12 +134,10 @@ def resume(  # noqa: PLR0917  typer reads the options from the signature
         Path, typer.Argument(help="The results folder that was to be written, or its .partial.")
     ],
     data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
-    coordinator: Annotated[
-        str | None, typer.Option(help="HOST:PORT of process 0 of several, or auto on a cluster.")
-    ] = None,
-    num_processes: Annotated[int | None, typer.Option(help="How many processes.")] = None,
-    process_id: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
-    timeout: Annotated[int, typer.Option(help="Seconds to wait for the other processes.")] = 300,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    timeout: Timeout = 300,
 ) -> None:
     """Go on with a comparison that was interrupted, at any moment and in any way."""
     from optgrad.experiments import checkpoint, results  # noqa: PLC0415

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from optgrad.experiments import search_space
 from optgrad.experiments.compare import Comparison
 from optgrad.experiments.tuning import Stage
 
@@ -44,7 +45,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     """
     for outcome in comparison.outcomes:
         below = folder / _folder_of(outcome.config.label)
-        for stage in outcome.tuned.stages:
+        for stage in outcome.stages:
             for run in range(len(stage.seeds)):
                 _write_run(stage, run, below / name_of(stage, run))
 
@@ -55,14 +56,17 @@ def _folder_of(label: str) -> str:
 
 
 def name_of(stage: Stage, run: int) -> str:
-    """The folder of one run; without the value where nothing is tuned."""
-    value = stage.values[run]
-    parts = [stage.name, *([] if np.isnan(value) else [f"{value:.12g}"]), f"seed{stage.seeds[run]}"]
-    return "-".join(parts)
+    """The folder of one run: the tuned values, the main one without its name, and the seed."""
+    names = ("", *(f"{name}=" for name in stage.others))
+    values = [
+        name + (f"{value:.12g}" if search_space.is_number(value) else _folder_of(str(value)))
+        for name, value in zip(names, stage.points[run], strict=True)
+        if not (isinstance(value, float) and np.isnan(value))  # where nothing is tuned
+    ]
+    return "-".join([stage.name, *values, f"seed{stage.seeds[run]}"])
 
 
 def _write_run(stage: Stage, run: int, folder: Path) -> None:
-
     with _library().SummaryWriter(logdir=str(folder)) as writer:
         for metric, values in stage.history.metrics.items():
             tag = re.sub("_", "/", metric, count=1)

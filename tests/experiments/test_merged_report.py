@@ -1,5 +1,6 @@
 """The report of several studies: what it says, that it is whole, and what it refuses."""
 
+import dataclasses
 import html
 import json
 import re
@@ -13,6 +14,7 @@ from optgrad.experiments import across, event_files, merged_report, page, plots,
 from optgrad.experiments.results import ResultsError
 
 from .made_up import STEPS, made_up_comparison
+from .made_up import stage as made_up_stage
 
 EVIL = "<script>alert('evil')</script>"
 OTHERS = ("adam", "a|b & <b>c</b>", EVIL, "newton")
@@ -148,12 +150,39 @@ def test_event_files_are_written_on_request(studies, tmp_path):
     runs = {str(p.parent.relative_to(tmp_path / "report" / "tensorboard" / "1-first"))
             for p in tmp_path.rglob("events.*")}  # fmt: skip
     rows = {(o.config.label, event_files.name_of(s, run))
-            for o in studies[0].comparison.outcomes for s in o.tuned.stages
+            for o in studies[0].comparison.outcomes for s in o.stages
             for run in range(len(s.seeds))}  # fmt: skip
     assert {run.partition("/")[2] for run in runs} == {name for _, name in rows}
     assert len(runs) == len(rows)
     assert "M-SVAG, %CE%B2=0.5/tuning-0.06-seed0" in runs
     assert "lbfgs/replication-seed2" in runs
+
+
+def test_every_run_has_event_files_of_its_own(tmp_path):
+    """With several tuned hyperparameters, of which one is text, and at the published defaults."""
+    others = {
+        "momentum": np.array([0.5, 0.9, 0.9]),
+        "solver": np.array(["a/b", "a/b", None], object),
+    }
+    several = dataclasses.replace(made_up_stage("tuning", [0.1] * 3, [0] * 3, 1), others=others)
+    assert [event_files.name_of(several, run) for run in range(3)] == [
+        "tuning-0.1-momentum=0.5-solver=a%2Fb-seed0",
+        "tuning-0.1-momentum=0.9-solver=a%2Fb-seed0",
+        "tuning-0.1-momentum=0.9-solver=None-seed0",
+    ]
+    comparison = made_up_comparison()
+    outcome = comparison.outcomes[0]
+    outcome = dataclasses.replace(
+        outcome,
+        tuned=dataclasses.replace(outcome.tuned, stages=(several,)),
+        published=made_up_stage("published", [1e-3] * 2, [1, 2], 2),
+    )
+    event_files.write(dataclasses.replace(comparison, outcomes=(outcome,)), tmp_path)
+    assert {p.parent.name for p in tmp_path.rglob("events.*")} == {
+        *(event_files.name_of(several, run) for run in range(3)),
+        "published-0.001-seed1",
+        "published-0.001-seed2",
+    }
 
 
 @pytest.mark.parametrize("label", ["..", ".", "a/b", "../../x", "c:\\d"])

@@ -50,8 +50,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def precision_as_found() -> Iterator[None]:
+    """No test may change the precision of those after it; a library's import can."""
+    before = jax.config.jax_enable_x64
+    yield
+    after = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", before)
+    assert after == before, f"the test left jax_enable_x64 = {after}"
+
+
 @pytest.fixture
-def x64() -> Iterator[None]:
+def x64(precision_as_found: None) -> Iterator[None]:
     """64-bit floats, for the duration of one test."""
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)

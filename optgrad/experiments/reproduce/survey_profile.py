@@ -188,14 +188,13 @@ def _trace(objective: Objective, start: Any, costs: Any, values: Any) -> Trace:
 
 def profile(settings: Settings, progress: Progress) -> Result:
     """The share of problems that each solver solves, over its cost relative to the cheapest."""
-    try:
-        chosen = cutest_problems(40 if settings.quick else 10)
-        import optimistix  # noqa: F401, PLC0415
-    except ImportError as error:
-        progress(1.0)
-        return _skipped(error)
-    with lib.double_precision():
-        chosen = cutest_problems(40 if settings.quick else 10)
+    with lib.double_precision():  # whose end also undoes that importing sif2jax enables it
+        try:
+            chosen = cutest_problems(40 if settings.quick else 10)
+            import optimistix  # noqa: F401, PLC0415
+        except ImportError as error:
+            progress(1.0)
+            return _skipped(error)
         traces = {}
         for i, (name, (objective, start)) in enumerate(chosen.items()):
             traces[name] = {

@@ -199,11 +199,19 @@ def describe_environment() -> dict[str, str]:
 
 
 def _revision() -> str:
-    """The git revision of the package's source, where it is a checkout."""
-    here = Path(optgrad.__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
+    """The git revision of the package's source, where it is a checkout.
+
+    A package that is installed below somebody's checkout is not tracked by it.
+    """
+    file = Path(optgrad.__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
         found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return found.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return found.stdout.strip()

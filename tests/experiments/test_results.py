@@ -7,6 +7,7 @@ import math
 import os
 import re
 import struct
+import subprocess
 import tomllib
 import warnings
 import xml.etree.ElementTree as ET
@@ -167,6 +168,23 @@ def test_the_environment_names_versions_and_device(folder):
     assert environment["optgrad"] == optgrad.__version__
     for name in ("jax", "optax", "flax", "numpy", "python", "platform", "device", "revision"):
         assert environment[name]
+
+
+def test_the_revision_is_that_of_the_package_and_of_no_checkout_around_it(tmp_path, monkeypatch):
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b"]
+    package = tmp_path / "optgrad"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(optgrad, "__file__", str(package / "__init__.py"))
+    assert results._revision() == "unknown"
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "somebody's"], check=True)
+    assert results._revision() == "unknown"
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "the package's"], check=True)
+    assert re.fullmatch("[0-9a-f]{12}", results._revision())
+    (package / "__init__.py").write_text("1")
+    assert results._revision().endswith("-dirty")
 
 
 def test_the_report_says_what_was_found(folder):

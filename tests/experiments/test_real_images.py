@@ -1,8 +1,6 @@
 """The whole pipeline on the real images: minutes, hence in CI's slow stage."""
 
 import json
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -71,16 +69,15 @@ def test_convolutions_learn_cifar(real_data_dir, dataset, model, options):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
-def test_two_steps_of_every_configuration(path, real_data_dir, tmp_path):
-    """In a process of its own; on images with a narrow network, which compiles sooner."""
+def test_two_steps_of_every_configuration(path, real_data_dir, tmp_path, run):
+    """On images with a narrow network, which compiles sooner."""
     images = "problem" not in tomllib.loads(path.read_text())
     smaller = ["--data-dir", real_data_dir, "--set", "model_options.hidden=[4]"] if images else []
-    subprocess.run(
-        [sys.executable, "-m", "optgrad", "compare", "--config", path, "--steps", "2",
-         "--eval-every", "1", "--seeds", "1", "--tuning", "grid", "--output", tmp_path / "out",
-         *smaller],
-        check=True,
+    code, output = run(
+        "compare", "--config", path, "--steps", 2, "--eval-every", 1, "--seeds", 1,
+        "--tuning", "grid", "--output", tmp_path / "out", *smaller,
     )  # fmt: skip
+    assert code == 0, output
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary["summary"]) == len(summary["config"]["optimizers"])
     assert any(row["best"] is not None for row in summary["summary"])

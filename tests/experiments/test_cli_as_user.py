@@ -15,13 +15,20 @@ TINY = [
     "compare", "--problem", "rosenbrock", "--steps", "100", "--seeds", "2", "--tuning", "grid",
     "--rates", "1000,0.001",
 ]  # fmt: skip
+# What a shell starts in the background (these tests, perhaps) is deaf to Ctrl-C, and its children.
+HEARS_CTRL_C = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from optgrad.__main__ import main
+sys.exit(main())
+"""
 ENVIRONMENT = {**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}
 
 
 def start(*arguments, cwd):
     """A user's command, whose output is piped."""
     return subprocess.Popen(
-        [sys.executable, "-m", "optgrad", *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
+        [sys.executable, "-c", HEARS_CTRL_C, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
     )  # fmt: skip
 

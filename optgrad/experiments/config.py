@@ -243,6 +243,12 @@ class CompareConfig(_Model):
         return (method.tunes.hyperparameter,)
 
     @property
+    def first_seed(self) -> int:
+        """Of all final runs: the first that no tuning apart from them has seen."""
+        apart = self.tuning.protocol == "search" and any(map(self.tunes, self.optimizers))
+        return self.tuning.seeds if apart or any(map(self.points, self.optimizers)) else 0
+
+    @property
     def updates(self) -> int:
         """Updates of the optimizer in a run: training steps without gradient accumulation."""
         return self.steps // self.accumulate

@@ -35,7 +35,7 @@ from optgrad.experiments.extras import Extras
 from optgrad.experiments.history import History, Runs
 from optgrad.experiments.mesh import RunMesh
 from optgrad.experiments.problems import Problem
-from optgrad.experiments.program import Program
+from optgrad.experiments.program import Losses, Program
 
 __all__ = ["VECTORIZE", "History", "OnInterval", "Runs", "Trainer"]
 
@@ -204,8 +204,7 @@ class Trainer:
         count = len(runs.seeds)
 
         def width() -> list[Any]:
-            names = list(runs.hyperparams)
-            plan = memory.plan_runs(self.executable, names, count, self._memory_limit)
+            plan = memory.plan_runs(self.executable, [*runs.hyperparams], count, self._memory_limit)
             return [plan.width, plan.describe(count)]
 
         found, note = waves.decide(f"width{self._name}", width)
@@ -219,7 +218,7 @@ class Trainer:
         values = {k: np.asarray(v, np.float32) for k, v in runs.hyperparams.items()}
         hyperparams, seeds = executable.place((values, np.asarray(runs.seeds, np.uint32)))
         state = executable.init(hyperparams, seeds)
-        train_loss = executable.place(np.full(seeds.shape, np.nan, np.float32))
+        losses = Losses(*executable.place([np.full(seeds.shape, np.nan, np.float32)] * 2))
         records: checkpoint.Records = [[] for _ in np.atleast_1d(runs.seeds)]
         if interrupted := wave.load(state):
             state, records = interrupted
@@ -227,11 +226,14 @@ class Trainer:
             checkpoint.replay(records, self.eval_every, on_interval)
         for step in range(len(records[0]) * self.eval_every, steps + 1, self.eval_every):
             if step:
-                state, train_loss = executable.advance(state, hyperparams, seeds)
-            metrics = {"train_loss": train_loss, **executable.evaluate(state)}
-            *fetched, diverged_at = executable.fetch([*metrics.values(), state.diverged_at])
+                state, losses = executable.advance(state, hyperparams, seeds)
+            metrics = {"train_loss": losses.mean, **executable.evaluate(state)}
+            numbers = [*metrics.values(), state.diverged_at, losses.first]
+            *fetched, diverged_at, first = executable.fetch(numbers)
             host = dict(zip(metrics, np.asarray(fetched, float), strict=True))
             for row, record in enumerate(records):
+                if step == self.eval_every:  # what the first batch cost before any update
+                    record[0]["first_loss"] = float(first[row])
                 found = {k: float(v[row]) for k, v in host.items()}
                 at = int(record[-1]["diverged_at"]) if record else 0
                 at = at or int(diverged_at[row])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optgrad.experiments.program import Program, RunState
+from optgrad.experiments.program import Losses, Program, RunState
 
 
 class Executable:
@@ -68,18 +68,19 @@ class Executable:
 
     def advance(
         self, state: RunState, hyperparams: Any, seeds: chex.Array
-    ) -> tuple[RunState, chex.Array]:
-        """One evaluation interval, and the mean training loss over it."""
+    ) -> tuple[RunState, Losses]:
+        """One evaluation interval."""
         data = self.program.problem.data
         drawn = self._draw(state.step, seeds, data)
         if self.scans:
-            state, train_loss = self._interval(state, hyperparams, drawn, data)
-            return state, train_loss
-        total: Any = 0.0
-        for index in range(self.program.eval_every):
+            state, losses = self._interval(state, hyperparams, drawn, data)
+            return state, losses
+        state, first = self._step(state, hyperparams, drawn, 0, data)
+        total = first
+        for index in range(1, self.program.eval_every):
             state, loss = self._step(state, hyperparams, drawn, index, data)
             total += loss
-        return state, total / self.program.eval_every
+        return state, Losses(total / self.program.eval_every, first)
 
     def evaluate(self, state: RunState) -> dict[str, chex.Array]:
         """The metrics of every split, in order."""

@@ -121,8 +121,8 @@ def cost(executable: Executable, hyperparams: Mapping[str, float], runs: int) ->
     spent = []
     for _ in range(1 + _REPEATS):
         started = clock()
-        state, loss = executable.advance(state, values, seeds)
-        loss.block_until_ready()
+        state, losses = executable.advance(state, values, seeds)
+        jax.block_until_ready(losses)  # type: ignore[no-untyped-call]
         spent.append(clock() - started)
         if len(spent) > 1 and sum(spent[1:]) > 1.0:
             break

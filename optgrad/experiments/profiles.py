@@ -1,6 +1,7 @@
 """Several studies together: performance profiles and mean ranks of the optimizers they share."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -123,6 +124,7 @@ def _costs(cost: str, outcome: Outcome, study: Comparison) -> dict[int, float]:
     first = final.history.steps[1]
     steps = np.maximum(steps_to_target(final, study.target, study.score), first)
     evaluations = steps * outcome.cost_per_step["gradient_evaluations"]
+    evaluations = np.where(final.history.diverged_at > 0, np.inf, evaluations)
     return {int(seed): float(n) for seed, n in zip(final.seeds, evaluations, strict=True)}
 
 
@@ -163,6 +165,6 @@ def ranks(study: Comparison, labels: Sequence[str]) -> dict[str, float]:
     keys = []
     for label in labels:
         finite = [v for v in finals[label] if np.isfinite(v)]
-        keys.append(sign * float(np.mean(finite)) if finite else np.inf)
+        keys.append(sign * math.fsum(finite) / len(finite) if finite else np.inf)
     found = stats.rankdata(keys)
     return {label: float(rank) for label, rank in zip(labels, found, strict=True)}

@@ -28,6 +28,13 @@ class RunState(NamedTuple):
     diverged_at: chex.Array  # first step (from 1) whose loss was not finite, 0 if none, int32 ()
 
 
+class Losses(NamedTuple):
+    """Training losses of an interval, with all that training adds: regularisation, dropout."""
+
+    mean: chex.Array
+    first: chex.Array  # of its first batch, before any update
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """What a run of one optimizer on one problem computes; pure functions, to be jitted.
@@ -93,14 +100,14 @@ class Program:
 
     def interval(
         self, state: RunState, hyperparams: Any, drawn: Any, data: Any
-    ) -> tuple[RunState, chex.Array]:
-        """All steps of an interval, and their mean loss."""
+    ) -> tuple[RunState, Losses]:
+        """All steps of an interval."""
 
         def step(state: RunState, one: Any) -> tuple[RunState, chex.Array]:
             return self._update(state, hyperparams, one, data)
 
         state, losses = jax.lax.scan(step, state, drawn)
-        return state, jnp.mean(losses)
+        return state, Losses(jnp.mean(losses), losses[0])
 
     def step(
         self, state: RunState, hyperparams: Any, drawn: Any, index: chex.Array, data: Any

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+_ROUNDING = 1e-6  # relative, of a float32 quotient
 _SHARE = 0.99  # of the way from the start to the best result: there, unless a target is given
 
 
@@ -65,18 +66,25 @@ class Score:
         return 1.0 if self.larger_is_better and metric == self.metric else -1.0
 
     def reaches(self, values: npt.ArrayLike, target: float) -> npt.NDArray[np.bool_]:
-        """Which values are at least as good as a target."""
-        found = np.asarray(values)
-        return np.asarray(found >= target if self.larger_is_better else found <= target)
+        """Which values are at least as good as a target, but for the rounding of float32.
+
+        Examples:
+          >>> ACCURACY.reaches(np.float32(950) / np.float32(1000), 0.95).item()
+          True
+        """
+        found, rounding = np.asarray(values, float), _ROUNDING * abs(target)
+        if self.larger_is_better:
+            return np.asarray(found >= target - rounding)
+        return np.asarray(found <= target + rounding)
 
     def default_target(self, start: float, best: float) -> float:
-        """What counts as "there": 99 % of an accuracy; of a loss, 99 % of the way down to it.
+        """What counts as "there": 99 % of an accuracy; of anything else, 99 % of the way to it.
 
         Examples:
           >>> [round(x.default_target(100.0, 2.0), 4) for x in (ACCURACY, LOSS)]
           [1.98, 2.98]
         """
-        if self.larger_is_better:
+        if self.in_percent:
             return _SHARE * best
         return _SHARE * best + (1 - _SHARE) * start
 

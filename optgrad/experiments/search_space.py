@@ -52,8 +52,13 @@ class Interval(BaseModel):
         return self
 
     def grid(self) -> tuple[float, ...]:
-        """``num`` values from ``low`` to ``high``, both included."""
-        return tuple(self.at(u) for u in np.linspace(0.0, 1.0, self.num))
+        """``num`` values from ``low`` to ``high``, both included, less what rounding repeats.
+
+        Examples:
+          >>> Interval(low=0.9999, high=0.99999, num=3).grid()
+          (0.9999, 0.999944999, 0.99999)
+        """
+        return tuple(dict.fromkeys(self.at(u) for u in np.linspace(0.0, 1.0, self.num)))
 
     def at(self, fraction: float) -> float:
         """The value at a fraction in [0, 1] of the way from ``low`` to ``high``."""
@@ -63,7 +68,9 @@ class Interval(BaseModel):
             value = math.exp((1 - fraction) * math.log(self.low) + fraction * math.log(self.high))
         else:
             value = (1 - fraction) * self.low + fraction * self.high
-        return min(max(float(f"{value:.{_DIGITS}g}"), self.low), self.high)
+        largest = max(abs(self.low), abs(self.high))
+        common = math.floor(math.log10(largest / (self.high - self.low)))  # digits of the two ends
+        return min(max(float(f"{value:.{_DIGITS + max(common, 0)}g}"), self.low), self.high)
 
 
 def _dimension(value: Any) -> Interval | tuple[Any, ...]:

@@ -155,7 +155,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _mean(values: Mapping[int, float]) -> float:
     finite = [v for v in values.values() if np.isfinite(v)]
-    return float(np.mean(finite)) if finite else math.nan
+    return math.fsum(finite) / len(finite) if finite else math.nan  # in any order the same
 
 
 def _difference(

@@ -88,9 +88,10 @@ class Study:
         tuned = self._tune(steps, on_interval, waves)
         published = None
         if at_defaults := self.at_defaults:
-            seeds = tuned.final.seeds if tuned.final else range(self.config.seeds)
+            first = self.config.first_seed
+            seeds = range(first, first + self.config.seeds)
             published = tuning.run_stage(
-                "published", [{}], list(seeds), steps, lambda _: at_defaults, on_interval, waves
+                "published", [{}], seeds, steps, lambda _: at_defaults, on_interval, waves
             )
         return Found(tuned, published, seconds)
 
@@ -118,6 +119,7 @@ class Study:
             rates=self.optimizer.rates or options.rates,
             decades=options.decades,
             tuning_seeds=options.seeds,
+            first_seed=config.first_seed,
             select_by=options.select_by,
             score=self.problem.score,
             on_interval=on_interval,

@@ -19,6 +19,7 @@ from optgrad.experiments.engine import History, Runs, Trainer
 from optgrad.experiments.scores import ACCURACY, Score
 
 MANTISSAS = (6.0, 3.0, 1.0)
+_BATCH_NOISE = 0.05  # relative, of the loss of one batch before training
 
 OnInterval = Callable[[str, Mapping[str, Any]], None]  # stage, record
 
@@ -106,6 +107,7 @@ def tune(
     rates: Sequence[float] | None = None,
     decades: float = 2.0,
     tuning_seeds: int = 1,
+    first_seed: int = 0,
     select_by: str = "validation_accuracy",
     score: Score = ACCURACY,
     on_interval: OnInterval | None = None,
@@ -120,7 +122,9 @@ def tune(
       protocol: ``"search"`` (the paper's), ``"grid"`` (all values × all seeds at once), ``"none"``.
       rates: values to try; default: 6, 3, 1 × 10^m over the method's range.
       decades: how far below the largest stable value the search goes.
-      tuning_seeds: seeds over which the selection metric is averaged while searching.
+      tuning_seeds: seeds over which the selection metric is averaged while searching; the
+        replications have those after them.
+      first_seed: of the final runs in a grid, and where nothing is tuned.
       select_by: a metric; of an accuracy the largest, of a loss the smallest value reached counts.
       score: of the problem; it says which of the two.
       on_interval: called with (stage, record) after every evaluation of every run.
@@ -135,12 +139,12 @@ def tune(
         return run_stage(name, points, run_seeds, length, lambda _: trainer, on_interval, waves)
 
     if tunable is None:
-        final = run("replication", [math.nan], range(seeds), steps)
+        final = run("replication", [math.nan], range(first_seed, first_seed + seeds), steps)
         return Tuned(None, None, False, (final,), final)
 
     candidates = sorted(set(rates or rate_grid(tunable.low, tunable.high).tolist()), reverse=True)
     if protocol == "grid":
-        stage = run("tuning", candidates, range(seeds), steps)
+        stage = run("tuning", candidates, range(first_seed, first_seed + seeds), steps)
         best, at_edge = _select(stage, select_by, score)
         at_best = None if best is None else runs_at(stage, best)
         return Tuned(tunable.hyperparameter, best, at_edge, (stage,), at_best)
@@ -162,12 +166,13 @@ def tune(
     lowest = largest / 10**decades
     grid = [v for v in candidates if v <= largest] if rates else rate_grid(lowest, largest)
     stages.append(run("tuning", list(grid), range(tuning_seeds), steps))
-    best, at_edge = _select(stages[-1], select_by, score)
+    best, _ = _select(stages[-1], select_by, score)
     if best is None:
         return Tuned(tunable.hyperparameter, None, True, tuple(stages), None)
     unseen = range(tuning_seeds, tuning_seeds + seeds)
     stages.append(run("replication", [best], unseen, steps))
-    at_edge &= best != largest or largest == candidates[0]
+    # The largest stable value is no edge, unless it is an end of what could be tried.
+    at_edge = len(candidates) > 2 and best in {min(grid), candidates[0]}
     return Tuned(tunable.hyperparameter, best, at_edge, tuple(stages), stages[-1])
 
 
@@ -247,10 +252,15 @@ def _merged(histories: Sequence[History], rows: Sequence[int]) -> History:
 
 
 def _is_stable(stage: Stage) -> np.ndarray:
-    """Which runs stayed below the loss they began with: at the end, and on average on the way."""
-    metrics = stage.history.metrics
+    """Which runs stayed below the loss they began with: at the end, and on average on the way.
+
+    On the way it is the training loss, regularisation included, and compared with the same of the
+    first batch, which is noisy.
+    """
+    metrics, first = stage.history.metrics, stage.history.first_loss
     loss = metrics.get("validation_loss", metrics["test_loss"])
-    below = np.maximum(loss[:, -1], metrics["train_loss"][:, -1]) < loss[:, 0]
+    begun = loss[:, 0] if first is None else first + _BATCH_NOISE * np.abs(first)
+    below = (loss[:, -1] < loss[:, 0]) & (metrics["train_loss"][:, -1] < begun)
     return np.asarray(below & (stage.history.diverged_at == 0))
 
 
@@ -309,7 +319,7 @@ def _select(stage: Stage, select_by: str, score: Score) -> tuple[float | None, b
     best = max(by_value, key=lambda value: by_value[value])
     if by_value[best] == -np.inf:
         return None, True
-    return best, len(by_value) > 1 and best in (min(by_value), max(by_value))
+    return best, len(by_value) > 2 and best in (min(by_value), max(by_value))
 
 
 def runs_at(stage: Stage, value: float) -> Stage:
@@ -320,7 +330,9 @@ def runs_at(stage: Stage, value: float) -> Stage:
 def runs_where(stage: Stage, keep: np.ndarray) -> Stage:
     """Some of a stage's runs, by a mask [R]."""
     metrics = {name: values[keep] for name, values in stage.history.metrics.items()}
-    at = stage.history.diverged_at[keep]
-    history = stage.history._replace(metrics=metrics, diverged_at=at)
+    at, first = stage.history.diverged_at[keep], stage.history.first_loss
+    history = stage.history._replace(
+        metrics=metrics, diverged_at=at, first_loss=None if first is None else first[keep]
+    )
     others = {name: values[keep] for name, values in stage.others.items()}
     return Stage(stage.name, stage.values[keep], stage.seeds[keep], history, others)

@@ -693,5 +693,8 @@ def test_training_learns(digits):
         assert (accuracy[:, 0] < 0.4).all()
         assert (accuracy[:, -1] > 0.9).all()
     assert np.isnan(history.metrics["train_loss"][:, 0]).all()
+    # The loss of the first batch has the L2 term, and is noisy.
+    l2 = history.first_loss - history.metrics["validation_loss"][:, 0]
+    assert ((l2 > -0.3) & (l2 < 0.5)).all()
     assert (np.diff(history.metrics["train_loss"][:, 1:]) < 0).all()
     assert history.seconds > 0

@@ -48,6 +48,40 @@ def test_costs_that_have_no_factors_are_refused(costs):
         profiles.performance_profiles(costs)
 
 
+def test_a_run_that_diverged_later_has_not_reached_the_target():
+    study = made_up_comparison()
+    adam = study.outcomes[0]
+    history = adam.tuned.final.history
+    late = history._replace(diverged_at=np.full_like(history.diverged_at, 40))
+    final = dataclasses.replace(adam.tuned.final, history=late)
+    tuned = dataclasses.replace(adam.tuned, final=final)
+    outcomes = (dataclasses.replace(adam, tuned=tuned), *study.outcomes[1:])
+    study = dataclasses.replace(study, outcomes=outcomes)
+    found = profiles.profiles_by("gradient evaluations to target", {"one": study})
+    assert found.profiles["adam"].shares.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+def test_the_same_scores_in_another_order_are_a_tie(order):
+    values = np.array([0.1, 0.2, 0.3])
+    study = made_up_comparison()
+
+    def with_finals(outcome, found):
+        history = outcome.tuned.final.history
+        metrics = {**history.metrics, "test_accuracy": history.metrics["test_accuracy"].copy()}
+        metrics["test_accuracy"][:, -1] = found
+        final = dataclasses.replace(
+            outcome.tuned.final,
+            history=history._replace(metrics=metrics, diverged_at=np.zeros(3, int)),
+        )
+        return dataclasses.replace(outcome, tuned=dataclasses.replace(outcome.tuned, final=final))
+
+    one, other = study.outcomes[:2]
+    outcomes = (with_finals(one, values), with_finals(other, values[order]))
+    study = dataclasses.replace(study, outcomes=outcomes)
+    assert set(profiles.ranks(study, [o.config.label for o in outcomes]).values()) == {1.5}
+
+
 def test_instances_are_the_common_seeds_of_those_with_final_runs():
     """Seeds 1 to 3 but for the untuned one, 0 to 2; nothing was stable for sgd: it fails."""
     study = made_up_comparison()

@@ -22,6 +22,7 @@ def test_mnist_is_learned_with_one_compilation_per_optimizer(real_data_dir):
             "steps": 100,
             "eval_every": 50,
             "seeds": 2,
+            "tuning.decades": 1.0,
             "model_options": {"hidden": (100, 50)},
             "target_accuracy": 0.9,
         },

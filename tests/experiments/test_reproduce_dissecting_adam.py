@@ -174,7 +174,7 @@ def test_reduced_data_are_the_first_classes_and_images():
 SEEDS = 6
 
 
-def invented(method, accuracy, loss, *, noise=0.001, lost=(), early=1.0):
+def invented(method, accuracy, loss, *, noise=0.001, lost=(), early=1.0, at_edge=False):
     """An outcome: a constant curve per seed, with small noise that pairs do not share."""
     generator = np.random.default_rng(sum(map(ord, method)))
     shape = (SEEDS, 4)
@@ -192,7 +192,7 @@ def invented(method, accuracy, loss, *, noise=0.001, lost=(), early=1.0):
             values[run, -1] = np.nan
     history = engine.History(np.array([0, 10, 20, 30]), metrics, diverged, 2.0)
     stage = tuning.Stage("replication", np.full(SEEDS, 0.1), np.arange(SEEDS), history)
-    tuned = tuning.Tuned("learning_rate", 0.1, False, (stage,), stage)
+    tuned = tuning.Tuned("learning_rate", 0.1, at_edge, (stage,), stage)
     return compare.Outcome(OptimizerConfig(method=method), tuned, 1, 2.0)
 
 
@@ -241,6 +241,30 @@ def test_claims_do_not_hold_on_the_opposite():
         "CIFAR-100: Adam is much less stable, with larger variance in performance",
     ):
         assert told[statement] == "does not hold", statement
+
+
+def test_a_better_rate_beyond_the_edge_could_overturn_a_claim():
+    """That M-SGD is worse than Adam, if its rate is at the edge; not if Adam's is."""
+    claim = "MNIST: Adam clearly outperforms M-SGD"
+    for method, numbers, verdict in (
+        ("momentum", (0.94, 0.20), "cannot be judged at this scale"),
+        ("adam", (0.98, 0.10), "holds"),
+    ):
+        outcomes = as_the_paper_says()
+        outcomes["mnist", method] = invented(method, *numbers, at_edge=True)
+        (found,) = (f for f in verdicts.figure3(outcomes) if f.statement == claim)
+        assert found.verdict == verdict
+        assert f"at the edge of what was tried: {training.LABELS[method]}" in found.measured
+
+
+def test_no_gain_from_variance_adaptation_is_no_equality():
+    outcomes = as_the_paper_says()
+    outcomes["cifar10", "adam"] = invented("adam", 0.70, 0.9)  # far worse than M-SSD
+    claim = "CIFAR-10: neither M-SSD nor M-SGD benefits significantly from variance adaptation"
+    assert {f.statement: f.verdict for f in verdicts.figure3(outcomes)}[claim] == "holds"
+    outcomes["cifar10", "adam"] = invented("adam", 0.90, 0.2)
+    told = {f.statement: f.verdict for f in verdicts.figure3(outcomes)}[claim]
+    assert told == "holds in part"
 
 
 def test_large_spread_cannot_be_judged():

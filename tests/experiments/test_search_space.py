@@ -64,6 +64,19 @@ def test_the_main_hyperparameter_comes_first():
     assert list(search_space.ordered(space, adam)) == ["b1", "nesterov"]
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.99999, 0.999999), (0.9999, 0.99999)])
+def test_narrow_intervals_have_as_many_values_as_they_say(low, high):
+    grid = search_space.Interval(low=low, high=high, num=100).grid()
+    assert len(set(grid)) == 100
+    assert (grid[0], grid[-1]) == (low, high)
+    assert list(grid) == sorted(grid)
+
+
+def test_what_rounding_repeats_is_tried_once():
+    grid = search_space.Interval(low=1.0, high=1.0 + 4e-16, num=7, scale="linear").grid()
+    assert grid == tuple(sorted(set(grid)))
+
+
 @pytest.mark.parametrize(
     ("best", "expected"), [(0.5, True), (0.9, True), (0.7, False), (0.0, False)]
 )

@@ -155,6 +155,26 @@ def assert_written(comparison, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizers", "protocol", "expected"),
+    [
+        (["momentum", {"method": "sgd", "hyperparams": {"learning_rate": 0.1}}], "search", [3, 4]),
+        (["momentum", {"method": "adam", "space": {"learning_rate": [0.1, 0.01]}}], "grid", [3, 4]),
+        (["momentum", {"method": "sgd", "hyperparams": {"learning_rate": 0.1}}], "grid", [0, 1]),
+    ],
+)
+def test_all_final_runs_have_the_same_seeds(optimizers, protocol, expected):
+    """They are compared seed by seed."""
+    fields = {"tuning.protocol": protocol, "tuning.seeds": 3, "tuning.rates": [0.1, 0.01]}
+    comparison = compared(optimizers, **fields, published_defaults=True)
+    assert [sorted(set(o.tuned.final.seeds.tolist())) for o in comparison.outcomes] == [
+        expected, expected
+    ]  # fmt: skip
+    published = [o.published.seeds.tolist() for o in comparison.outcomes if o.published]
+    assert all(seeds == expected for seeds in published)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["random", "halton"])
 def test_drawn_points_of_a_method_without_a_space_are_of_its_range(protocol, tmp_path):
     fields = {"tuning.protocol": protocol, "tuning.samples": 5, "tuning.sample_seed": 3}

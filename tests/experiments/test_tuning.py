@@ -283,6 +283,21 @@ def test_stability_without_a_validation_split_is_judged_by_the_test_loss():
     assert max(stages(tuned, "tuning")[0].values) == 1.0
 
 
+def test_the_training_loss_is_compared_with_its_own_start():
+    """It may be far above the validation loss, for it has the L2 term."""
+    trainer = FakeTrainer(stable=1.0)
+    train = trainer.train
+
+    def regularised(*args):
+        history = train(*args)
+        history.metrics["train_loss"] += 5.0
+        return history._replace(first_loss=np.full(len(history.diverged_at), 7.0))
+
+    trainer.train = regularised
+    tuned = tune(trainer, steps=STEPS, seeds=1)
+    assert max(stages(tuned, "tuning")[0].values) == 1.0
+
+
 # The edge -------------------------------------------------------------------------------------
 
 
@@ -312,6 +327,20 @@ def test_at_edge_of_the_search(trainer, best, at_edge):
 def test_at_edge_of_the_grid(trainer, best, at_edge):
     tuned = tune(FakeTrainer(stable=10.0, **trainer), steps=STEPS, seeds=1, protocol="grid")
     assert (tuned.best, tuned.at_edge) == (best, at_edge)
+
+
+@pytest.mark.parametrize(
+    ("rates", "best", "at_edge"),
+    [
+        ([100.0, 10.0, 1e-3], 1e-3, True),  # the largest stable one, and the lowest of all
+        ([0.3, 0.1], 0.1, False),  # of two each is an end
+    ],
+)
+def test_at_edge_of_the_users_rates(rates, best, at_edge):
+    tuned = tune(FakeTrainer(best=1e-9), steps=STEPS, seeds=1, rates=rates)
+    assert (tuned.best, tuned.at_edge) == (best, at_edge)
+    grid = tune(FakeTrainer(best=1e-9), steps=STEPS, seeds=1, rates=rates, protocol="grid")
+    assert (grid.best, grid.at_edge) == (best, at_edge)
 
 
 # The other protocols --------------------------------------------------------------------------

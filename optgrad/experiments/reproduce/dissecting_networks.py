@@ -108,7 +108,9 @@ def _what_was_done(
         "evaluation, with the L2 term. M-SGD, M-SSD, M-SVAG and their variants have μ = 0.9, Adam "
         "0.9, 0.999 and 1e-8. The paper's text has neither the numbers of steps (but for the "
         "decay after 40k and 50k on CIFAR-100) nor the strength of the L2 term; those here are "
-        "our choice, the latter that of DeepOBS, by the same authors, on CIFAR.",
+        "our choice, the latter that of DeepOBS, by the same authors, on CIFAR. (edge): the best "
+        "rate is the last one tried, a better one may lie beyond; no claim is judged that such a "
+        "rate could overturn.",
         "",
     ]
     for name, network in networks.items():

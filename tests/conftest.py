@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of the contract suite runs; its conftest.py says what is left out, and why."""
     parser.addoption(
         "--contract", choices=("dealt", "kinds", "all"), default="dealt",
-        help="dealt (default): variants dealt out among the slow methods; kinds: one method of "
+        help="dealt (default): variants dealt out among the methods; kinds: one method of "
         "each kind; all: every variant for every method",
     )  # fmt: skip
 

@@ -32,11 +32,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("method", chosen, ids=[m.name for m in chosen])
 
 
-# Of the tests that compile a program for each of many variants, these families' methods take
-# turns: each runs a third, and the variants of neighbours differ. Optax's own methods take turns
-# with all properties: each runs half of them.
+# Of the tests that compile a program for each of many variants, the methods take turns: each runs
+# a third, and the variants of neighbours differ. Optax's own methods take turns with all
+# properties: each runs half of them. Whoever changes what all share runs ``--contract all``.
 DEALT = {"odd_trees", "dtypes", "weak_types", "non_finite_entry", "either_extra_argument"}
-DEALT_FAMILIES = {"baselines", "curvature"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -72,7 +71,7 @@ def _deselect(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 def _is_dealt(item: pytest.Item) -> bool:
     method = method_of(item)
-    if method is None or method.family not in DEALT_FAMILIES:
+    if method is None:
         return True
     name = item.originalname.removeprefix("test_")
     turn = sum(item.callspec.indices.values())  # the method's number, and those of the variants

@@ -1,6 +1,7 @@
 """The reproduction of the survey slides: every figure in quick mode, and what must come out."""
 
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -46,7 +47,15 @@ def test_every_figure_has_its_columns():
     assert set(COLUMNS) == set(PAPER.figures)
 
 
+@pytest.fixture
+def a_lean_sif2jax(monkeypatch):
+    """Without one constrained problem that takes most of a minute to import, and is not used."""
+    place = "sif2jax.cutest._constrained_minimisation.cleuven7"
+    monkeypatch.setitem(sys.modules, place, types.SimpleNamespace(CLEUVEN7=object))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_lean_sif2jax")
 @pytest.mark.parametrize("name", COLUMNS)
 def test_figures(name):
     result = PAPER.figures[name].make(QUICK, ignore)

@@ -459,7 +459,7 @@ def test_a_wall(mode):
 def test_damping_stays_in_its_range():
     """A search that never finds anything, and one that always wants less."""
     params = jnp.ones(3)
-    for fn, limit in ((lambda x: -jnp.sum(x), 1e6), (lambda x: jnp.sum(x**2), 1e-8)):
+    for fn, limit in ((lambda x: -jnp.sum(x), 1e6), (jnp.sum, 1e-8)):
         optimizer = optgrad.lanczos_saddle_free(k=2, use_prev=False)
         state = optimizer.init(params)
 

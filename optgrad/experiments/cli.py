@@ -205,6 +205,7 @@ def _run_study(
                 settings, live.on_interval, keeper, live.on_note
             )
         results.write(comparison, folder, overwrite=overwrite)
+        results.remove_leftovers(folder)  # the journal's lock keeps other processes out
     except BaseException:
         if not journal.is_empty:
             terminal.errors.print(

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,17 @@ def write_folder(
         raise ResultsError(f"output = {folder} cannot be written: {error}") from error
     finally:
         shutil.rmtree(prepared, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes had prepared for a results folder that is there now.
+
+    For the one process that may write the folder: another would lose what it prepares.
+    """
+    prepared = re.compile(rf"\.{re.escape(folder.name)}\.(old\.)?[a-z0-9_]{{8}}")
+    for path in folder.parent.iterdir():
+        if prepared.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_files(comparison: Comparison, folder: Path) -> None:

@@ -229,6 +229,20 @@ def test_resume_warns_of_another_environment(tmp_path, as_user):
     assert (tmp_path / "results" / "summary.csv").exists()
 
 
+def test_what_a_killed_process_had_prepared_is_removed(tmp_path, monkeypatch):
+    """Killed while it wrote the results; but nothing that only looks similar."""
+    monkeypatch.chdir(tmp_path)
+    for name in (".results.ab1_9zxy", ".results.old.ab1_9zxy", ".results.d", ".resultsXab1_9zxy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text("")
+    (tmp_path / ".results.abcdefgh").write_text("a file")
+    run = CliRunner().invoke(cli.app, [*COMMAND, "--output", "results"])
+    assert run.exit_code == 0, run.output
+    assert sorted(x.name for x in tmp_path.iterdir()) == [
+        ".results.abcdefgh", ".results.d", ".resultsXab1_9zxy", "results"
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments(tmp_path):
     """``kill -9``; `benchmarks/random_kills.py` has the details, and does as many as one likes."""

@@ -64,7 +64,8 @@ def main() -> None:
             moment = moments.uniform(0.0, length) if kills < options.kills else None
             if not run(command(*arguments), folder, moment):
                 kills += 1
-                continue
+                if unfinished.exists() or not (folder / "killed").exists():
+                    continue  # otherwise it was killed after its work was done
             if (folder / "killed" / "metrics.csv").read_bytes() != expected:
                 raise SystemExit(f"after {kills} kills the metrics differ")
             studies += 1

@@ -61,7 +61,7 @@ def precision_as_found() -> Iterator[None]:
 
 
 @pytest.fixture
-def x64(precision_as_found: None) -> Iterator[None]:
+def x64() -> Iterator[None]:
     """64-bit floats, for the duration of one test."""
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)

@@ -1,13 +1,13 @@
 """Several studies together: performance profiles and mean ranks of the optimizers they share."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from optgrad.experiments import statistics
 from optgrad.experiments.compare import Comparison, Outcome, final_scores, steps_to_target
 from optgrad.experiments.scores import Score
 
@@ -161,10 +161,7 @@ def ranks(study: Comparison, labels: Sequence[str]) -> dict[str, float]:
     Those without a finite value share the last ranks.
     """
     sign = -1.0 if study.score.larger_is_better else 1.0
-    finals = {o.config.label: list(final_scores(o, study.score).values()) for o in study.outcomes}
-    keys = []
-    for label in labels:
-        finite = [v for v in finals[label] if np.isfinite(v)]
-        keys.append(sign * math.fsum(finite) / len(finite) if finite else np.inf)
-    found = stats.rankdata(keys)
+    finals = {o.config.label: final_scores(o, study.score).values() for o in study.outcomes}
+    means = sign * np.array([statistics.finite_mean(finals[label]) for label in labels])
+    found = stats.rankdata(np.where(np.isnan(means), np.inf, means))
     return {label: float(rank) for label, rank in zip(labels, found, strict=True)}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -116,7 +116,7 @@ def ranking(finals: Finals, *, larger_is_better: bool) -> Ranking:
       ('a', 0.1, 0.003)
     """
     sign = 1.0 if larger_is_better else -1.0
-    means = {label: _mean(values) for label, values in finals.items()}
+    means = {label: finite_mean(values.values()) for label, values in finals.items()}
     ranked = sorted((label for label in finals if np.isfinite(means[label])),
                     key=lambda label: -sign * means[label])  # fmt: skip
     order = [*ranked, *(label for label in finals if label not in ranked)]
@@ -153,9 +153,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in corrected]
 
 
-def _mean(values: Mapping[int, float]) -> float:
-    finite = [v for v in values.values() if np.isfinite(v)]
-    return math.fsum(finite) / len(finite) if finite else math.nan  # in any order the same
+def finite_mean(values: Iterable[float]) -> float:
+    """The mean of those that are finite, the same in any order; NaN if there are none."""
+    finite = [v for v in values if np.isfinite(v)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 def _difference(

@@ -9,7 +9,7 @@ replications use seeds that the tuning has not seen.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,8 +145,9 @@ def tune(
     candidates = sorted(set(rates or rate_grid(tunable.low, tunable.high).tolist()), reverse=True)
     if protocol == "grid":
         stage = run("tuning", candidates, range(first_seed, first_seed + seeds), steps)
-        best, at_edge = _select(stage, select_by, score)
+        best = _select(stage, select_by, score)
         at_best = None if best is None else runs_at(stage, best)
+        at_edge = _at_edge(best, candidates)
         return Tuned(tunable.hyperparameter, best, at_edge, (stage,), at_best)
 
     # The largest stable value: one interval each. One at a time from the top where runs go one
@@ -166,13 +167,13 @@ def tune(
     lowest = largest / 10**decades
     grid = [v for v in candidates if v <= largest] if rates else rate_grid(lowest, largest)
     stages.append(run("tuning", list(grid), range(tuning_seeds), steps))
-    best, _ = _select(stages[-1], select_by, score)
+    best = _select(stages[-1], select_by, score)
     if best is None:
         return Tuned(tunable.hyperparameter, None, True, tuple(stages), None)
     unseen = range(tuning_seeds, tuning_seeds + seeds)
     stages.append(run("replication", [best], unseen, steps))
-    # The largest stable value is no edge, unless it is an end of what could be tried.
-    at_edge = len(candidates) > 2 and best in {min(grid), candidates[0]}
+    # Above the largest stable value others were tried, and failed: it is no edge.
+    at_edge = _at_edge(best, [*(v for v in candidates if v > largest), *grid])
     return Tuned(tunable.hyperparameter, best, at_edge, tuple(stages), stages[-1])
 
 
@@ -314,12 +315,15 @@ def _reached(stage: Stage, select_by: str, score: Score) -> dict[tuple[Any, ...]
     return {point: np.array(found) for point, found in by_point.items()}
 
 
-def _select(stage: Stage, select_by: str, score: Score) -> tuple[float | None, bool]:
+def _select(stage: Stage, select_by: str, score: Score) -> float | None:
     by_value = scores(stage, select_by, score)
     best = max(by_value, key=lambda value: by_value[value])
-    if by_value[best] == -np.inf:
-        return None, True
-    return best, len(by_value) > 2 and best in (min(by_value), max(by_value))
+    return None if by_value[best] == -np.inf else best
+
+
+def _at_edge(best: float | None, tried: Iterable[float]) -> bool:
+    """Whether a better value may lie outside; so it does where all failed."""
+    return best is None or search_space.at_edge({"": best}, ({"": value} for value in tried))
 
 
 def runs_at(stage: Stage, value: float) -> Stage:

@@ -81,7 +81,7 @@ def test_the_progress_on_a_terminal_of_80_columns(tmp_path):
 def test_interrupted_resumed_and_reported(tmp_path):
     """Ctrl-C, as its last line says to go on, and a report of what came out."""
     command = [*TINY, "--optimizers", "adam,momentum", "--output", "out"]
-    process = start(*command, "--set", "checkpoint_seconds=0", "--steps", 100_000, cwd=tmp_path)
+    process = start(*command, "--set", "checkpoint_seconds=0", "--steps", 20_000, cwd=tmp_path)
     for line in process.stderr:
         if "momentum: tuning" in line:
             break

@@ -1,7 +1,7 @@
 """What the paper says about figures 3, 6 and 7, judged by paired differences over common seeds."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -72,27 +72,24 @@ def _better(pairs: Sequence[Pair]) -> str:
 
 
 def _alike(pairs: Sequence[Pair], points: float) -> str:
-    if any(p.at_edge for p in pairs):
-        return claims.UNDECIDED
-    return _by_metric(
-        claims.all_hold([
-            claims.is_within(p.loss, -_SHARE * p.typical_loss, _SHARE * p.typical_loss)
-            for p in pairs
-        ]),
-        claims.all_hold([claims.is_within(p.accuracy, -points / 100, points / 100) for p in pairs]),
-    )  # fmt: skip
+    return _between(-1.0, pairs, points)
 
 
 def _no_gain(pairs: Sequence[Pair], points: float) -> str:
     """Not better by more than what counts as alike; it may be worse."""
+    return _between(-np.inf, pairs, points)
+
+
+def _between(worse: float, pairs: Sequence[Pair], points: float) -> str:
+    """Better by no more than what counts as alike, and by no less than ``worse`` times that."""
     if any(p.at_edge for p in pairs):
         return claims.UNDECIDED
+    lengths = [(p, _SHARE * p.typical_loss) for p in pairs]
+    share = points / 100
     return _by_metric(
-        claims.all_hold([
-            claims.is_within(p.loss, -np.inf, _SHARE * p.typical_loss) for p in pairs
-        ]),
-        claims.all_hold([claims.is_within(p.accuracy, -np.inf, points / 100) for p in pairs]),
-    )  # fmt: skip
+        claims.all_hold([claims.is_within(p.loss, worse * d, d) for p, d in lengths]),
+        claims.all_hold([claims.is_within(p.accuracy, worse * share, share) for p in pairs]),
+    )
 
 
 def _by_metric(loss: str, accuracy: str) -> str:
@@ -104,21 +101,20 @@ def _finding(
     name: str,
     statement: str,
     pairs: Sequence[tuple[str, str]],
-    expected: str = "better",
+    expected: Literal["better", "alike", "no gain"] = "better",
 ) -> Finding:
     found = [pair(outcomes, name, *names) for names in pairs]
     points = _POINTS[name]
-    meant, verdict = {
-        "better": ("lower training loss, higher test accuracy", _better(found)),
-        "alike": (
-            f"loss within {100 * _SHARE:g} %, accuracy within {points:g} points",
-            _alike(found, points),
-        ),
-        "no gain": (
-            f"loss less than {100 * _SHARE:g} % lower, accuracy less than {points:g} points higher",
-            _no_gain(found, points),
-        ),
-    }[expected]
+    if expected == "better":
+        meant, verdict = "lower training loss, higher test accuracy", _better(found)
+    elif expected == "alike":
+        meant = f"loss within {100 * _SHARE:g} %, accuracy within {points:g} points"
+        verdict = _alike(found, points)
+    else:
+        meant = (
+            f"loss less than {100 * _SHARE:g} % lower, accuracy less than {points:g} points higher"
+        )
+        verdict = _no_gain(found, points)
     edges = dict.fromkeys(training.LABELS[method] for p in found for method in p.at_edge)
     measured = "; ".join(p.text() for p in found)
     if edges:

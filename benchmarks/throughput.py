@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 
 import optgrad
 from optgrad.experiments import data, engine, measurement, problems
+from optgrad.experiments.bench import sweep as sweep_cost
 
 RATE = 0.01
 RUNS = 4
@@ -79,24 +79,6 @@ def by_hand(problem: problems.Problem, steps: int, *, scans: bool) -> Callable[[
     return run
 
 
-def of_harness(trainer: engine.Trainer, runs: int) -> Callable[[], None]:
-    """One interval of so many runs: what the harness computes between two evaluations."""
-    executable = trainer.executable
-    count = runs if executable.together else 1
-    shape = (count,) if executable.together else ()
-    values = {"learning_rate": np.full(shape, RATE, np.float32)}
-    values, seeds = executable.place((values, np.zeros(shape, np.uint32)))
-    states = [executable.init(values, seeds) for _ in range(runs // count)]
-
-    def run() -> None:
-        for i, state in enumerate(states):
-            states[i], loss = executable.advance(state, values, seeds)
-            jax.block_until_ready(loss)
-        jax.block_until_ready(states)
-
-    return run
-
-
 def measured(case: Case, problem: problems.Problem, rounds: int) -> list[str]:
     """A row of the table."""
 
@@ -110,14 +92,14 @@ def measured(case: Case, problem: problems.Problem, rounds: int) -> list[str]:
     sweep.choose({"learning_rate": RATE}, RUNS, 10**9)  # so long that it is measured
     loops = {
         "hand": (by_hand(problem, case.steps, scans=lone.executable.scans), 1),
-        "harness": (of_harness(lone, 1), 1),
-        "sweep": (of_harness(sweep, RUNS), RUNS),
+        "harness": (sweep_cost.interval(lone, 1), 1),
+        "sweep": (sweep_cost.interval(sweep, RUNS), RUNS),
     }
     spent: dict[str, list[float]] = {name: [] for name in loops}
     for round_ in range(rounds + 1):  # the first compiles
         for name, (run, runs) in loops.items():
             started = time.perf_counter()
-            run()
+            jax.block_until_ready(run())
             if round_:
                 spent[name].append((time.perf_counter() - started) / case.steps / runs)
     hand, harness, one = (1e3 * statistics.median(spent[name]) for name in loops)

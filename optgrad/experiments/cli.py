@@ -1,4 +1,4 @@
-"""The command line: list, show, problems, compare, resume, report and reproduce."""
+"""The command line: list, show, problems, compare, resume, report, reproduce and bench."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from rich.live import Live
 
 import optgrad
 from optgrad.experiments import (
+    cli_bench,
     cli_methods,
     cli_report,
     cli_reproduce,
@@ -167,6 +168,7 @@ def resume(  # noqa: PLR0917  typer reads the options from the signature
 
 app.command("report")(cli_report.report)
 app.command("reproduce")(cli_reproduce.reproduce)
+app.add_typer(cli_bench.app, name="bench")
 
 
 def _resolved(settings: config_lib.CompareConfig) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def cache_on_disk(folder: Path | None = None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST)  # type: ignore[no-untyped-call]
 
 
+def without_cache() -> None:
+    """Compiles everything anew in this process; to be called before anything is compiled."""
+    jax.config.update("jax_enable_compilation_cache", False)  # type: ignore[no-untyped-call]
+
+
 def _remove_halves(folder: Path) -> None:
     """Removes programs of which a killed process wrote a part: jax would warn for ever after."""
     for program in folder.glob("*-cache"):

@@ -154,7 +154,7 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
     summary = comparison.summary()
     write_csv(folder / "summary.csv", summary)
     environment = describe_environment()
-    _write_json(folder / "environment.json", environment)
+    write_json(folder / "environment.json", environment)
     everything = {
         "format": FORMAT,
         "problem": comparison.problem,
@@ -165,7 +165,7 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
         "summary": summary,
         "ranking": dataclasses.asdict(comparison.ranking()),
     }
-    _write_json(folder / SUMMARY, everything)
+    write_json(folder / SUMMARY, everything)
     for name, figure in plots.figures(comparison).items():
         for suffix in ("svg", "png"):
             plots.save(figure, folder / f"{name}.{suffix}")
@@ -175,7 +175,8 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
     (folder / "report.md").write_text(text, encoding="utf-8")
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """A tree of plain values as JSON, null for NaN and infinity."""
     text = json.dumps(plain_json(content), indent=2, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 

@@ -88,7 +88,7 @@ class Transformer(nnx.Module):
       Unsupervised Multitask Learners", 2019.
     """
 
-    def __init__(  # noqa: PLR0917  all by name
+    def __init__(
         self,
         vocabulary: int = 8192,
         context: int = 128,

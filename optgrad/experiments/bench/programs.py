@@ -1,6 +1,5 @@
 """The step of a method on given parameters, compiled, and what the compiler made of it."""
 
-import dataclasses
 import math
 import re
 import time
@@ -58,8 +57,7 @@ class StepProgram:
     def lower(self) -> Any:
         """The step, traced and lowered, with donated buffers."""
         arguments = (self.params, self.state, self.grad, self.extras)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-        return jax.jit(self.step, donate_argnums=(0, 1)).lower(*shapes)
+        return jax.jit(self.step, donate_argnums=(0, 1)).lower(*arguments)
 
     def runner(self, compiled: Any) -> Callable[[], Any]:
         """A function that takes one step in place and gives what is to be waited for."""

@@ -28,7 +28,7 @@ class Spread(NamedTuple):
 
 
 def interleaved(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of one execution of each, for each round: A B C, A B C, …
+    """Seconds of one execution of each, for each round: A B C, then A B C again.
 
     Args:
       runs: name -> what is timed; compiled and warmed up first.

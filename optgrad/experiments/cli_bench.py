@@ -1,0 +1,186 @@
+"""The commands bench step, bench compile and bench sweep: what optimizers cost."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from optgrad import registry
+from optgrad.experiments import compilation, terminal
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+Methods = Annotated[list[str] | None, typer.Argument(help="Names from 'optgrad list'; none: all.")]
+Output = Annotated[Path | None, typer.Option(help="Folder for Markdown and JSON.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an earlier folder.")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often everything is timed, in turn.")]
+
+
+@app.callback()
+def _bench() -> None:
+    """Measure what a step, its compilation and runs in a sweep cost."""
+    compilation.without_cache()  # reading a program back is not what is measured
+
+
+@app.command("step")
+def step(  # noqa: PLR0917  typer reads the options from the signature
+    methods: Methods = None,
+    tree: Annotated[
+        list[str] | None,
+        typer.Option(help="one, hundred, small400, resnet18, transformer, few; repeatable."),
+    ] = None,
+    param_dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    state_dtype: Annotated[str, typer.Option(help="default, float32 or bfloat16.")] = "default",
+    rounds: Rounds = 20,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="torch and pytorch_optimizer, where installed.")
+    ] = False,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Time a step of each method beside optax.adam and the bytes that it must move."""
+    from optgrad.experiments.bench import output as output_lib  # noqa: PLC0415
+    from optgrad.experiments.bench import step as lib  # noqa: PLC0415
+    from optgrad.experiments.bench import trees  # noqa: PLC0415
+
+    with terminal.refusals():
+        chosen = _methods(methods)
+        named = tree or ["one", "hundred"]
+        for name in named:
+            trees.get_tree(name)
+        settings = [
+            lib.Setting(name, *_dtypes(lib.DTYPES, param_dtype, state_dtype), rounds)
+            for name in named
+        ]
+        _check_output(output, overwrite)
+        tables: list[Any] = []
+        notes: list[str] = []
+        for setting in settings:
+            title = f"{trees.get_tree(setting.tree).title}, {param_dtype}"
+            if state_dtype != "default":
+                title += f", state {state_dtype}"
+            rows = lib.costs(chosen, setting, with_peers=peers, on_note=notes.append)
+            records = _watched(title, rows)
+            cells = [lib.cells(row) for row in records]
+            tables.append(output_lib.Table(title, lib.HEADER, cells, records, lib.SHOWN))
+        asked = {
+            "methods": [m.name for m in chosen], "tree": named, "param_dtype": param_dtype,
+            "state_dtype": state_dtype, "rounds": rounds, "peers": peers,
+        }  # fmt: skip
+        _finish("step", tables, notes, asked, output, overwrite)
+
+
+@app.command("compile")
+def compile_(
+    methods: Methods = None,
+    leaves: Annotated[list[int] | None, typer.Option(min=1, help="How many; repeatable.")] = None,
+    saving_memory: Annotated[
+        bool, typer.Option("--saving-memory", help="XLA's schedule of accelerators, on a CPU.")
+    ] = False,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Time the compilation of a step, and count copies, temporaries and instructions."""
+    from optgrad.experiments.bench import compilation as lib  # noqa: PLC0415
+    from optgrad.experiments.bench import output as output_lib  # noqa: PLC0415
+
+    with terminal.refusals():
+        chosen, counts = _methods(methods), leaves or [100, 400]
+        _check_output(output, overwrite)
+        tables: list[Any] = []
+        notes: list[str] = []
+        for count in counts:
+            title = f"{count} leaves of {lib.LEAF}"
+            rows = lib.costs(chosen, count, saving_memory=saving_memory, on_note=notes.append)
+            records = _watched(title, rows)
+            cells = [lib.cells(row) for row in records]
+            tables.append(output_lib.Table(title, lib.HEADER, cells, records, lib.SHOWN))
+        asked = {
+            "methods": [m.name for m in chosen], "leaves": counts, "saving_memory": saving_memory,
+        }  # fmt: skip
+        _finish("compile", tables, list(dict.fromkeys(notes)), asked, output, overwrite)
+
+
+@app.command("sweep")
+def sweep(  # noqa: PLR0917  typer reads the options from the signature
+    method: Annotated[str, typer.Argument(help="A name from 'optgrad list'.")] = "momentum",
+    dataset: Annotated[str, typer.Option(help="digits, mnist, cifar10, …")] = "digits",
+    model: Annotated[str, typer.Option(help="mlp, mlp_small, cifar10_cnn, …")] = "mlp_small",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 64,
+    runs: Annotated[list[int] | None, typer.Option(min=1, help="How many; repeatable.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Between two evaluations.")] = 100,
+    rounds: Rounds = 7,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Time runs that go together in one program beside the same runs one after the other."""
+    from optgrad.experiments import data, problems  # noqa: PLC0415
+    from optgrad.experiments.bench import output as output_lib  # noqa: PLC0415
+    from optgrad.experiments.bench import sweep as lib  # noqa: PLC0415
+
+    with terminal.refusals():
+        record, widths = registry.get_method(method), runs or [1, 2, 4, 8, 16]
+        _check_output(output, overwrite)
+        problem = problems.image_classification(
+            data.load(dataset, data_dir), model, batch_size=batch_size
+        )
+        title = f"{method}, {model} on {dataset}, batches of {batch_size}"
+        records = _watched(title, lib.costs(problem, record, widths, steps=steps, rounds=rounds))
+        cells = [lib.cells(row) for row in records]
+        table = output_lib.Table(title, lib.HEADER, cells, records, lib.SHOWN)
+        asked = {
+            "method": method, "dataset": dataset, "model": model, "batch_size": batch_size,
+            "runs": widths, "steps": steps, "rounds": rounds,
+        }  # fmt: skip
+        _finish("sweep", [table], [], asked, output, overwrite)
+
+
+def _methods(names: Sequence[str] | None) -> list[registry.Method]:
+    return [registry.get_method(name) for name in names] if names else list(registry.methods())
+
+
+def _dtypes(accepted: Iterable[str], param_dtype: str, state_dtype: str) -> tuple[str, str]:
+    from optgrad.core import checks  # noqa: PLC0415
+
+    checks.check_one_of("param_dtype", param_dtype, accepted)
+    checks.check_one_of("state_dtype", state_dtype, ["default", *accepted])
+    return param_dtype, state_dtype
+
+
+def _check_output(folder: Path | None, overwrite: bool) -> None:
+    if folder:
+        from optgrad.experiments import results  # noqa: PLC0415
+
+        results.check_destination(folder, overwrite=overwrite)
+
+
+def _watched(title: str, rows: Iterable[Any]) -> list[Any]:
+    """The rows, with the name of the last one on the terminal."""
+    found = []
+    with terminal.errors.status(title) as status:
+        for row in rows:
+            found.append(row)
+            status.update(f"{title}: {len(found)} done")
+    return found
+
+
+def _finish(  # noqa: PLR0917  what, where, how
+    name: str,
+    tables: Sequence[Any],
+    notes: Sequence[str],
+    asked: dict[str, Any],
+    folder: Path | None,
+    overwrite: bool,
+) -> None:
+    from optgrad.experiments.bench import output  # noqa: PLC0415
+
+    for table in tables:
+        header, *rows = ([row[i] for i in table.shown] for row in (table.header, *table.cells))
+        terminal.console.print(terminal.table(header, rows, title=table.title))
+    for note in notes:
+        terminal.console.print(f"Not measured: {note}", markup=False, highlight=False)
+    if folder:
+        output.write(name, tables, notes, asked, folder, overwrite=overwrite)
+        terminal.console.print(f"Markdown and JSON: {folder}", highlight=False, soft_wrap=True)

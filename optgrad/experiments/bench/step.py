@@ -202,10 +202,10 @@ def _row(
 
 
 HEADER = (
-    "method", "kind", "µs a step", "× Adam", "bound", "÷ bound", "GB/s", "compile s",
+    "method", "kind", "µs a step", "× Adam", "bound", "÷ bound", "GB/s", "of the stream", "compile s",
     "compile × Adam", "state bytes", "temporaries", "copies",
 )  # fmt: skip
-SHOWN = (0, 2, 3, 4, 5, 8)  # on a terminal of 80 columns
+SHOWN = (0, 2, 3, 4, 5, 9)  # on a terminal of 80 columns
 
 
 def cells(cost: StepCost) -> list[str]:
@@ -214,6 +214,7 @@ def cells(cost: StepCost) -> list[str]:
     def number(value: float | None, form: str = ".2f") -> str:
         return "–" if value is None else format(value, form)
 
+    speed = cost.gigabytes_per_second
     return [
         cost.method,
         cost.kind,
@@ -221,7 +222,8 @@ def cells(cost: StepCost) -> list[str]:
         f"{cost.ratio:.2f} ({cost.ratio_low:.2f}–{cost.ratio_high:.2f})",
         number(cost.bound_ratio),
         number(cost.over_bound),
-        number(cost.gigabytes_per_second, ".1f"),
+        number(speed, ".1f"),
+        number(None if speed is None else speed / cost.stream_gigabytes_per_second),
         number(cost.compile_seconds),
         number(cost.compile_ratio),
         f"{cost.state_bytes:,}",

@@ -202,8 +202,8 @@ def _row(
 
 
 HEADER = (
-    "method", "kind", "µs a step", "× Adam", "bound", "÷ bound", "GB/s", "of the stream", "compile s",
-    "compile × Adam", "state bytes", "temporaries", "copies",
+    "method", "kind", "µs a step", "× Adam", "bound", "÷ bound", "GB/s", "of the stream",
+    "compile s", "compile × Adam", "state bytes", "temporaries", "copies",
 )  # fmt: skip
 SHOWN = (0, 2, 3, 4, 5, 9)  # on a terminal of 80 columns
 

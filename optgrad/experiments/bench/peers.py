@@ -12,7 +12,7 @@ _TORCH: Mapping[str, Mapping[str, Any]] = {
     "Adam (foreach)": {"foreach": True},
     "Adam (fused)": {"fused": True},
 }
-_PYTORCH_OPTIMIZER = ("AdaBelief", "Lion", "SophiaH", "Adan", "Prodigy")
+_PYTORCH_OPTIMIZER = ("AdaBelief", "Lion", "Adan", "Prodigy")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,10 @@ def costs(
         yield _cost(method, trees.parameters(shapes, dtype), setting)
     if with_peers and setting.state_dtype == "default":
         for peer in peers.installed():
-            yield _peer_cost(peer, shapes, setting)
+            try:
+                yield _peer_cost(peer, shapes, setting)
+            except (RuntimeError, TypeError, ValueError) as error:  # of versions that differ
+                on_note(f"{peer.package}'s {peer.name} on {setting.tree}: {error}")
 
 
 def _reference(params: Any) -> tuple[programs.StepProgram, Any, programs.Counts]:

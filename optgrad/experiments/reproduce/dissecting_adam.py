@@ -27,8 +27,8 @@ REPRODUCTION = Reproduction(
     },
     scales={
         "cpu": (
-            "**Scale `cpu`: what two CPU cores do within 45 minutes if nothing else runs (an hour of "
-            "processor time). The networks of figures 3, 6 and 7 are smaller, or trained far "
+            "**Scale `cpu`: what two CPU cores do within 45 minutes if nothing else runs. The "
+            "networks of figures 3, 6 and 7 are smaller, or trained far "
             "shorter, than the paper's: every verdict is one at that scale. `--scale paper` is "
             "the paper's.**"
         ),

@@ -295,7 +295,7 @@ register(
         wide_state=(
             "diagonal.position.stored",
             "diagonal.position.previous",
-            "model",
+            "model.paraboloid",
             "basis.rotation",
             "basis.energy",
             "curvatures",

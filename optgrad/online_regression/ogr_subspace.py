@@ -410,7 +410,7 @@ register(
         wide_state=(
             "position.mean_position",
             "position.previous",
-            "model",
+            "model.paraboloid",
             "basis.rotation",
             "basis.energy",
             "curvatures",

@@ -40,15 +40,15 @@ def low_precision_state(
 
     where F is the recursion of the wrapped optimizer and a ≤ x ≤ b are the neighbours of x in
     bfloat16. An average with the decay β moves by (1−β)(x−s) at a time. Rounded to nearest it
-    stands still once this is less than half a unit in its last place, a relative 2⁻⁹ = 0.2 %: with
-    β = 0.999 it misses the size of what it averages by any factor. Rounded at random it moves as
-    often as is right, and has a relative noise of about 0.3 %/√(2(1−β)): 0.7 % for β = 0.9, 7 % for
-    β = 0.999 (`docs/low_precision_state.md` has what was measured).
+    stands still once this is less than half a unit in its last place, 0.2 to 0.4 % of s: with
+    β = 0.999 it may miss what it averages by any factor. Rounded at random it moves as often as is
+    right, and has a relative noise of at most 0.16 %/√(1−β): 0.5 % for β = 0.9, 5 % for β = 0.999.
 
-    Each array is rounded where the wrapped optimizer computes it, and what it computes from it
-    afterwards, the step included, is computed from the rounded values. The state and the step thus
-    belong together, as with the optimizers' own ``state_dtype``, and XLA updates donated buffers in
-    place: no copy, no temporary of the parameters' size.
+    Each array is rounded where the wrapped optimizer computes it, and all that it computes from it
+    afterwards, the step included, is computed from the rounded values: state and step belong
+    together, and XLA updates donated buffers in place, without a copy or a temporary of the
+    parameters' size. (To that end ``update`` traces the wrapped one; outside of `jax.jit` it is
+    slow.)
 
     Which arrays: those that the state's ``init`` lays out like a parameter of at least one axis
     (at the same path, of the same shape or with further axes before it: rings, bases), in more
@@ -63,9 +63,9 @@ def low_precision_state(
       rounding: ``"stochastic"``, or ``"nearest"`` for decays up to 0.9 (0.99 with a little loss).
       keep: names of fields of the state that stay as wide as they are, such as ``"mu"`` or
         ``"position.stored"``. Default: those that any registered method lists in its
-        ``wide_state``: positions, and differences that lose their digits. Name what else a
-        transformation of your own keeps of positions: an average of the parameters with a decay
-        near 1 must not be rounded at all.
+        ``wide_state``: positions, and what is used in differences only. Name what another
+        transformation keeps of positions, such as ``"z"`` of optax's ``schedule_free`` or
+        ``"init_params"`` of its ``dog``: those must not be rounded at all.
       seed: of the random bits, an integer or a traced one. Runs that are `jax.vmap`-ed share their
         bits unless they are given different ones.
 
@@ -109,7 +109,7 @@ def low_precision_state(
     for name in keep or ():
         if not isinstance(name, str):
             raise TypeError(f"keep = {tuple(keep or ())!r} holds {name!r}; accepted: strings")
-    if isinstance(seed, int):
+    if not isinstance(seed, jax.Array):
         checks.check_count("seed", seed, 0)
     tx = optax.with_extra_args_support(inner)
     kept = tuple(keep) if keep is not None else _wide_in_registry()
@@ -262,7 +262,8 @@ def _rounded_where_computed(
     leaves = [values[x] if _is_variable(x) else x.val for x in jaxpr.outvars]
     for i in narrow:
         x, wide = state[i], leaves[split + i]
-        leaves[split + i] = rounded[x] if x in leaf_of else round_leaf(i, jnp.asarray(wide))
+        found_early = _is_variable(x) and x in rounded
+        leaves[split + i] = rounded[x] if found_early else round_leaf(i, jnp.asarray(wide))
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 

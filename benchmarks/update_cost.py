@@ -1,11 +1,14 @@
 """What one step of each method costs, as a ratio to Adam's, beside its memory traffic's ratio.
 
-    python benchmarks/update_cost.py [--leaves 20] [--leaf-size 100000] [--repeats 30] [NAME …]
+    python benchmarks/update_cost.py [--leaves 20] [--leaf-size 100000] [--repeats 30]
+        [--rounding nearest|stochastic] [NAME …]
 
 A donated, compiled ``update`` + ``apply_updates``. Methods and Adam take turns, so that whatever
 else the machine does meets both; the ratio is that of the fastest repetitions. The traffic counts
 every vector that a step must read (parameters, gradient, state) or write (parameters, state).
-Methods that call functions of the parameters, or keep matrices over them, are left out.
+Methods that call functions of the parameters, or keep matrices over them, are left out. With
+--rounding the methods (not Adam in the denominator) keep their state in bfloat16; the columns of
+the state and the traffic stay those of float32.
 """
 
 import argparse
@@ -21,7 +24,7 @@ import optgrad
 from optgrad.registry import Method
 
 
-def make_run(method: Method, params: Any) -> Callable[[], None]:
+def make_run(method: Method, params: Any, rounding: str | None = None) -> Callable[[], None]:
     """A function that makes one step in place."""
     hyperparams = {
         name: value
@@ -31,6 +34,8 @@ def make_run(method: Method, params: Any) -> Callable[[], None]:
     if method.tunes is not None and method.tunes.hyperparameter == "learning_rate":
         hyperparams.setdefault("learning_rate", 1e-3)
     optimizer = optgrad.create(method.name, **hyperparams)
+    if rounding:
+        optimizer = optgrad.low_precision_state(optimizer, rounding=rounding)
     extras = {"gradient_variance": params} if "gradient_variance" in method.needs else {}
     extras |= {"value": jnp.ones(())} if "value" in method.needs else {}
 
@@ -57,6 +62,7 @@ def main() -> None:
     parser.add_argument("--leaves", type=int, default=20)
     parser.add_argument("--leaf-size", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--rounding", help="nearest or stochastic: the state in bfloat16")
     arguments = parser.parse_args()
     leaf = jnp.linspace(-1.0, 1.0, arguments.leaf_size)
     params = {f"leaf_{i:03d}": leaf + i for i in range(arguments.leaves)}
@@ -68,7 +74,7 @@ def main() -> None:
             continue
         if method.is_dense or "value_fn" in method.needs:
             continue
-        runs = (make_run(adam, params), make_run(method, params))
+        runs = (make_run(adam, params), make_run(method, params, arguments.rounding))
         fastest = [float("inf"), float("inf")]
         for repeat in range(arguments.repeats + 25):  # the first ones compile and warm up
             for i, run in enumerate(runs):

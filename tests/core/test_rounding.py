@@ -93,7 +93,7 @@ def bits_of(*, seed=0, count=1, leaf=0, shape=(COPIES,)):
 
 
 def streams():
-    """16 leaves × 16 steps, then 16 other seeds: (272, 2¹⁶) uniform numbers of mean 0."""
+    """8 leaves × 8 steps, then 16 other seeds: (80, 2¹⁶) uniform numbers of mean 0."""
 
     def block(seed, count, leaves):
         each = [
@@ -102,7 +102,7 @@ def streams():
         return jnp.stack(each)
 
     compiled = jax.jit(block, static_argnums=2)
-    blocks = [compiled(0, t, 16) for t in range(1, 17)] + [compiled(s, 1, 1) for s in range(1, 17)]
+    blocks = [compiled(0, t, 8) for t in range(1, 9)] + [compiled(s, 1, 1) for s in range(1, 17)]
     return (np.concatenate(blocks) + 0.5) / 2**16 - 0.5
 
 
@@ -115,12 +115,12 @@ def test_bits_are_uniform_and_independent():
         share = np.mean(((u + 0.5) * 2**16).astype(np.uint32) >> bit & 1)
         assert abs(share - 0.5) < 2.5 / np.sqrt(u.size)
     correlation = np.corrcoef(u)[np.triu_indices(rows, 1)] * np.sqrt(n)
-    assert correlation.std() == pytest.approx(1, abs=0.03)
-    assert np.abs(correlation).max() < 5.5  # of 37,000
+    assert correlation.std() == pytest.approx(1, abs=0.05)
+    assert np.abs(correlation).max() < 5.5  # of 3,160
     for lag in (1, 2, 3, 4, 7, 8, 16, 28, 100, 128, 256, 784, 1024, 4096):
         product = 12 * np.mean(u[:, lag:] * u[:, :-lag], axis=1) * np.sqrt(n - lag)
         assert abs(product.mean()) < 5 / np.sqrt(rows), lag
-        assert product.std() == pytest.approx(1, abs=0.2), lag
+        assert product.std() == pytest.approx(1, abs=0.35), lag
     over_time = u.mean(axis=0) * np.sqrt(12 * rows)  # no element is favoured
     assert over_time.std() == pytest.approx(1, abs=0.02)
     counts = [np.bincount(((row + 0.5) * 256).astype(int), minlength=256) for row in u]

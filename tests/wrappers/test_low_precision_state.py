@@ -292,19 +292,19 @@ def test_derivatives_go_through_the_rounding():
 # --- compilation ------------------------------------------------------------------------------
 
 
-SLOW = pytest.mark.slow  # one method is enough for every day
+NAMES = ("adam", "adam_star", "m_svag", "adaptive_sgd")
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["adam_star", *(pytest.param(n, marks=SLOW) for n in ("adam", "m_svag", "adaptive_sgd"))],
+    ("name", "leaves"),
+    [("adam_star", 10), *(pytest.param(name, 100, marks=pytest.mark.slow) for name in NAMES)],
 )
-def test_donated_buffers_are_updated_in_place(name, monkeypatch):
-    """No copy, no temporary of a leaf's size, all memory reused, in a step on 100 leaves."""
+def test_donated_buffers_are_updated_in_place(name, leaves, monkeypatch):
+    """No copy, no temporary of a leaf's size, all memory reused, in a step on many leaves."""
     method = optgrad.get_method(name)
     wrapped = optgrad.low_precision_state(problem.create(method))
     monkeypatch.setattr(problem, "create", lambda method: wrapped)
-    row = efficiency(method)
+    row = efficiency(method, leaves)
     assert row["copies"] == 0
     assert row["temp_bytes"] < 0.01 * (row["param_bytes"] + row["state_bytes"])
     assert row["alias_bytes"] >= row["param_bytes"] + row["state_bytes"] - 1024

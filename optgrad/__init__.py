@@ -85,13 +85,21 @@ from optgrad.step_size import (
 )
 from optgrad.step_size_planning import csawg, csawg_repeated
 from optgrad.training import CurvatureArgs, StepInfo, TrainingStep, curvature_args, make_step
-from optgrad.wrappers import MultiSteps, MultiStepsState, filter_extra, on_subtree
+from optgrad.wrappers import (
+    LowPrecisionState,
+    MultiSteps,
+    MultiStepsState,
+    filter_extra,
+    low_precision_state,
+    on_subtree,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CurvatureArgs",
     "LayerStatistics",
+    "LowPrecisionState",
     "Method",
     "MultiSteps",
     "MultiStepsState",
@@ -132,6 +140,7 @@ __all__ = [
     "layer_statistics",
     "levenberg_marquardt",
     "lossgrad",
+    "low_precision_state",
     "m_ssd",
     "m_svag",
     "m_svag_mb",

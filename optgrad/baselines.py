@@ -117,6 +117,7 @@ def _rate(low: float, high: float) -> Tunable:
 
 
 _ADAM_STATIC = ("mu_dtype", "nesterov")
+_AVERAGES = "averages, by low_precision_state: of any decay"
 
 for _method in (
     Method(
@@ -142,6 +143,7 @@ for _method in (
         tunes=_rate(1e-5, 1e0),
         test_hyperparams={"learning_rate": 0.02},
         state_size=1,
+        low_precision=_AVERAGES,
     ),
     Method(
         name="momentum_average",
@@ -154,6 +156,7 @@ for _method in (
         tunes=_rate(1e-4, 1e1),
         test_hyperparams={"learning_rate": 0.2},
         state_size=1,
+        low_precision=_AVERAGES,
     ),
     Method(
         name="nesterov",
@@ -166,6 +169,7 @@ for _method in (
         tunes=_rate(1e-5, 1e0),
         test_hyperparams={"learning_rate": 0.02},
         state_size=1,
+        low_precision=_AVERAGES,
     ),
     Method(
         name="adagrad",
@@ -178,6 +182,7 @@ for _method in (
         tunes=_rate(1e-4, 1e1),
         test_hyperparams={"learning_rate": 0.3},
         state_size=1,
+        low_precision="the sum of squares, by low_precision_state; to nearest it stops growing",
     ),
     Method(
         name="rmsprop",
@@ -191,6 +196,7 @@ for _method in (
         tunes=_rate(1e-6, 1e-1),
         test_hyperparams={"learning_rate": 0.01},
         state_size=1,
+        low_precision=_AVERAGES,
     ),
     Method(
         name="adadelta",
@@ -204,6 +210,7 @@ for _method in (
         tunes=_rate(1e-2, 1e2),
         test_hyperparams={"learning_rate": 1.0, "eps": 3e-4},
         state_size=2,
+        low_precision=_AVERAGES,
     ),
     Method(
         name="adam",
@@ -218,6 +225,7 @@ for _method in (
         test_hyperparams={"learning_rate": 0.02},
         state_size=2,
         published={"learning_rate": 1e-3},  # D. P. Kingma and J. Ba, 2015, Algorithm 1
+        low_precision=_AVERAGES,
     ),
     Method(
         name="adamw",
@@ -232,6 +240,7 @@ for _method in (
         tunes=_rate(1e-6, 1e-1),
         test_hyperparams={"learning_rate": 0.02},
         state_size=2,
+        low_precision=_AVERAGES,
     ),
     Method(
         name="adamax",
@@ -245,6 +254,7 @@ for _method in (
         test_hyperparams={"learning_rate": 0.02},
         state_size=2,
         published={"learning_rate": 2e-3},  # D. P. Kingma and J. Ba, 2015, Algorithm 2
+        low_precision=_AVERAGES,
     ),
     Method(
         name="nadam",
@@ -258,6 +268,7 @@ for _method in (
         tunes=_rate(1e-6, 1e-1),
         test_hyperparams={"learning_rate": 0.02},
         state_size=2,
+        low_precision=_AVERAGES,
     ),
     Method(
         name="amsgrad",
@@ -271,6 +282,7 @@ for _method in (
         tunes=_rate(1e-6, 1e-1),
         test_hyperparams={"learning_rate": 0.02},
         state_size=3,
+        low_precision=f"{_AVERAGES}; the maximum is that of rounded values, a little too large",
     ),
     Method(
         name="sign_sgd",
@@ -296,6 +308,7 @@ for _method in (
         tunes=_rate(1e-6, 1e-1),
         test_hyperparams={"learning_rate": 0.01},
         state_size=1,
+        low_precision=_AVERAGES,
     ),
     Method(
         name="lbfgs",
@@ -310,6 +323,8 @@ for _method in (
         test_hyperparams={"memory_size": 4},
         state_size=23,  # 2m + 2 vectors for m = 10, and the line search's gradient
         cost=2.0,
+        low_precision="nothing: differences of positions and of gradients need their digits",
+        wide_state=("params", "updates", "grad", "diff_params_memory", "diff_updates_memory"),
     ),
     Method(
         name="polyak_sgd",

@@ -71,6 +71,10 @@ class Method:
         keeps matrices over all parameters) a function of the number of parameters.
       cost: gradient equivalents per step (a gradient is 1).
       published: what the paper states as default for arguments that have none here.
+      low_precision: which of its averages may be kept in 16 bits, and at which decays; what
+        ``state_dtype`` does where there is one. Empty only where the state has no vectors.
+      wide_state: fields of its state that may not be kept in 16 bits, by any rounding: positions,
+        and what is only used in differences. Names as `low_precision_state` takes them.
     """
 
     name: str
@@ -87,6 +91,8 @@ class Method:
     state_size: float | Callable[[int], float] = 0
     cost: float = 1.0
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    low_precision: str = ""
+    wide_state: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if unknown := self.needs - EXTRAS.keys():

@@ -33,6 +33,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# What a record says of a method whose vectors are averages.
+LOW_PRECISION = (
+    "averages: by state_dtype, which rounds to nearest, for decays up to 0.99; by "
+    "low_precision_state for any decay"
+)
+
 
 class SampleWeights(NamedTuple):
     """How much one new sample counts; scalars of the widest float type in use."""

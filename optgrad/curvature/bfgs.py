@@ -260,5 +260,12 @@ register(
         test_hyperparams={"curv_rtol": 0.9},
         state_size=lambda size: size + 3,  # H⁻¹, and x, g and the search's gradient
         cost=3.0,
+        low_precision="nothing: the secant pairs and their matrix need their digits",
+        wide_state=(
+            "direction.params",
+            "direction.gradient",
+            "direction.inverse_hessian",
+            "search.grad",
+        ),
     )
 )

@@ -198,5 +198,6 @@ register(
         test_hyperparams={"learning_rate": 0.3},
         state_size=1,
         cost=COST,
+        low_precision=averages.LOW_PRECISION,
     )
 )

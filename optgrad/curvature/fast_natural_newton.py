@@ -249,5 +249,7 @@ register(
         test_hyperparams={"learning_rate": 1.0},
         state_size=20,
         cost=21.0,
+        low_precision="nothing: its inverse is a difference of what the gradients make",
+        wide_state=("covariance.rows", "covariance.weights", "covariance.gram"),
     )
 )

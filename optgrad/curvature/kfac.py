@@ -264,5 +264,6 @@ register(
         test_hyperparams={"learning_rate": 0.1},
         state_size=1,  # and for each layer four matrices: its two factors and their inverses
         cost=2.0,
+        low_precision="the fallback's velocity, by low_precision_state; the factors stay wide",
     )
 )

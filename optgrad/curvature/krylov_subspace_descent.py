@@ -274,5 +274,6 @@ register(
         ),
         state_size=1,
         cost=1 + 2 * 11 + 2 * 8,
+        low_precision="the previous step, by low_precision_state: it only widens the subspace",
     )
 )

@@ -303,5 +303,6 @@ register(
         test_hyperparams={"learning_rate": 1.0},
         state_size=1,
         cost=1 + 2 * 11 + 7 / 3,
+        low_precision="the previous step, by low_precision_state: it only widens the subspace",
     )
 )

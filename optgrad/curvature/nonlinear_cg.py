@@ -267,5 +267,7 @@ register(
         test_hyperparams={"curv_rtol": 0.1},
         state_size=3,  # direction, gradient, and the search's gradient at the new point
         cost=5.0,
+        low_precision="nothing: conjugacy and differences of gradients need their digits",
+        wide_state=("direction.direction", "direction.gradient", "search.grad"),
     )
 )

@@ -196,5 +196,7 @@ register(
         tunes=Tunable("learning_rate", 1e-3, 1e2),
         test_hyperparams={"learning_rate": 5.0},
         state_size=20,
+        low_precision="nothing: its inverse is a difference of what the gradients make",
+        wide_state=("covariance.rows", "covariance.weights", "covariance.gram"),
     )
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from optgrad.core import transforms
+from optgrad.core import averages, transforms
 from optgrad.dissecting_adam import variance_adaptation as va
 from optgrad.registry import Method, Tunable, register
 
@@ -98,5 +98,6 @@ register(
         tunes=Tunable("learning_rate", 1e-6, 1e-1),
         test_hyperparams={"learning_rate": 0.01},
         state_size=2,
+        low_precision=averages.LOW_PRECISION,
     )
 )

@@ -102,5 +102,6 @@ register(
         tunes=Tunable("learning_rate", 1e-6, 1e-1),
         test_hyperparams={"learning_rate": 0.01},
         state_size=1,
+        low_precision=averages.LOW_PRECISION,
     )
 )

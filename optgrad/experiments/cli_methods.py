@@ -48,6 +48,8 @@ def show(name: Annotated[str, typer.Argument(help="A name from 'optgrad list'.")
         "needs": "\n".join(f"{n}: {registry.EXTRAS[n]}" for n in sorted(method.needs)) or "–",
         "tunes": _tunes(method),
         "state": f"{_state(method)} vectors of parameter size",
+        "16 bits": method.low_precision or "no vectors to keep",
+        "stays wide": ", ".join(method.wide_state) or "–",
         "cost": f"{method.cost:g} gradient(s) per step",
     }
     table = Table.grid(padding=(0, 2))

@@ -277,5 +277,7 @@ register(
         tunes=Tunable("alpha", 1e-2, 1e1),
         test_hyperparams={"alpha": 0.7},
         state_size=4,
+        low_precision=cw.LOW_PRECISION,
+        wide_state=("position.stored", "position.previous"),
     )
 )

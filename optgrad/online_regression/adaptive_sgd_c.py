@@ -278,5 +278,7 @@ register(
         tunes=Tunable("alpha", 1e-2, 1e1),
         test_hyperparams={"alpha": 0.25},
         state_size=5,
+        low_precision=cw.LOW_PRECISION,
+        wide_state=("position.stored", "position.previous"),
     )
 )

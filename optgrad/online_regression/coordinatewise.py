@@ -29,6 +29,10 @@ import optax
 from optgrad.core import averages, checks, diagnostics, transforms, trees
 
 FORMS = ("mean", "displacement", "trusted")
+LOW_PRECISION = (
+    f"{averages.LOW_PRECISION}; never the mean position, whose place the distance from it takes "
+    "with position = displacement or trusted"
+)
 
 
 class Position(NamedTuple):

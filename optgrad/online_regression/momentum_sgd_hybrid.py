@@ -125,5 +125,6 @@ register(
         tunes=Tunable("learning_rate", 1e-4, 1e1),
         test_hyperparams={"learning_rate": 0.1},
         state_size=1,
+        low_precision=averages.LOW_PRECISION,
     )
 )

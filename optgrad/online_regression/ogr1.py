@@ -21,6 +21,8 @@ from optgrad.online_regression.parabola import Parabola
 STEPS = ("regression", "last_point", "sigma_ratio")
 NEGATIVE_CURVATURES = ("reverse", "gradient_descent", "tanh")
 
+LOW_PRECISION = "momentum and directions: by state_dtype or low_precision_state; never the origin"
+
 
 class Settings(NamedTuple):
     """Hyperparameters: numbers, traced scalars or schedules."""

@@ -135,5 +135,6 @@ register(
         tunes=Tunable("eta", 1e-4, 1e1),
         test_hyperparams={"eta": 0.1, "warmup_steps": 1},
         state_size=2,
+        low_precision=ogr1.LOW_PRECISION,
     )
 )

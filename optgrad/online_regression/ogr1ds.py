@@ -235,5 +235,6 @@ register(
         tunes=Tunable("eta", 1e-4, 1e1),
         test_hyperparams={"eta": 0.1, "warmup_steps": 1},
         state_size=3,
+        low_precision=ogr1.LOW_PRECISION,
     )
 )

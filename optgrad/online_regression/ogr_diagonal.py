@@ -218,5 +218,7 @@ register(
         tunes=Tunable("lr_max", 1e-3, 1e1),
         test_hyperparams={"lr_max": 1.0},
         state_size=4,
+        low_precision=cw.LOW_PRECISION,
+        wide_state=("position.stored", "position.previous"),
     )
 )

@@ -291,5 +291,14 @@ register(
         tunes=Tunable("lr_max", 1e-3, 1e1),
         test_hyperparams={"lr_max": 0.3},
         state_size=14,
+        low_precision=subspace.LOW_PRECISION,
+        wide_state=(
+            "diagonal.position.stored",
+            "diagonal.position.previous",
+            "model.paraboloid",
+            "basis.rotation",
+            "basis.energy",
+            "curvatures",
+        ),
     )
 )

@@ -252,5 +252,12 @@ register(
         tunes=Tunable("lr_max", 1e-3, 1e1),
         test_hyperparams={"lr_max": 0.1},
         state_size=lambda size: 3 + 2 * size,
+        low_precision="nothing: the matrices have no state_dtype and stay as they are",
+        wide_state=(
+            "model.mean_position",
+            "model.mean_gradient",
+            "model.position_covariance",
+            "model.covariance",
+        ),
     )
 )

@@ -406,5 +406,14 @@ register(
         tunes=Tunable("eta", 1e-4, 1e1),
         test_hyperparams={"eta": 0.3},
         state_size=12,
+        low_precision=subspace.LOW_PRECISION,
+        wide_state=(
+            "position.mean_position",
+            "position.previous",
+            "model.paraboloid",
+            "basis.rotation",
+            "basis.energy",
+            "curvatures",
+        ),
     )
 )

@@ -26,6 +26,11 @@ BASES = ("pca", "push")
 _ORTHONORMALIZE_EVERY = 20  # steps
 _EXACT = jax.lax.Precision.HIGHEST
 
+LOW_PRECISION = (
+    "basis, momentum and averages of coordinates: by state_dtype or low_precision_state; never "
+    "positions, nor the matrices within the subspace"
+)
+
 
 class Basis(NamedTuple):
     """d orthonormal directions V = R·S."""

@@ -144,5 +144,7 @@ register(
         tunes=Tunable("kappa", 1e-6, 1.0),
         test_hyperparams={"kappa": 0.01, "initial_rate": 0.1},
         state_size=2,
+        low_precision="rates and averages: by low_precision_state; state_dtype, rounding to "
+        "nearest, loses a κ below 1/256 of the rate",
     )
 )

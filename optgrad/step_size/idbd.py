@@ -175,5 +175,7 @@ register(
         tunes=Tunable("eta", 1e-5, 1.0),
         test_hyperparams={"eta": 0.1, "initial_rate": 0.2},
         state_size=2,
+        low_precision="rates and traces: by low_precision_state; state_dtype, rounding to nearest, "
+        "loses changes of β below 1/256",
     )
 )

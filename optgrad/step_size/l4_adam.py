@@ -149,5 +149,6 @@ register(
         tunes=Tunable("fraction", 1e-3, 1e0),
         test_hyperparams={"fraction": 0.3, "max_learning_rate": 0.1},
         state_size=2,
+        low_precision=averages.LOW_PRECISION,
     )
 )

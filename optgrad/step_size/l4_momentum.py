@@ -4,6 +4,7 @@ from typing import Any
 
 import optax
 
+from optgrad.core import averages
 from optgrad.registry import Method, Tunable, register
 from optgrad.step_size import linearized_loss as ll
 from optgrad.step_size import loss_based
@@ -110,5 +111,6 @@ register(
         tunes=Tunable("fraction", 1e-3, 1e0),
         test_hyperparams={"fraction": 0.3, "max_learning_rate": 0.5},
         state_size=1,
+        low_precision=averages.LOW_PRECISION,
     )
 )

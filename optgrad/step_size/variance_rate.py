@@ -27,6 +27,10 @@ REFERENCE_FD = (
     'T. Schaul, Y. LeCun, "Adaptive learning rates and parallelization for stochastic, sparse, '
     'non-smooth gradients", 2013'
 )
+LOW_PRECISION = (
+    "averages and memories: by low_precision_state; with state_dtype, rounding to nearest, "
+    "memories of more than 256 samples stand still"
+)
 
 
 class VSGDState(NamedTuple):

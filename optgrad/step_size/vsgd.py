@@ -130,5 +130,6 @@ register(
         tunes=Tunable("inflation", 1.0, 1e2),
         test_hyperparams={"inflation": 2.0, "warmup_steps": 2},
         state_size=4,
+        low_precision=variance_rate.LOW_PRECISION,
     )
 )

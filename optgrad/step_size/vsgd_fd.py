@@ -174,5 +174,6 @@ register(
         test_hyperparams={"inflation": 2.0, "warmup_steps": 2},
         state_size=5,
         cost=2.0,
+        low_precision=variance_rate.LOW_PRECISION,
     )
 )

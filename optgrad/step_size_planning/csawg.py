@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from optgrad.registry import Method, Tunable, register
-from optgrad.step_size_planning import phases
+from optgrad.step_size_planning import phases, windows
 from optgrad.step_size_planning.options import make_options
 
 
@@ -152,5 +152,7 @@ register(
         tunes=Tunable("learning_rate", 1e-4, 1e1),
         test_hyperparams={"learning_rate": 0.1},
         state_size=17,
+        low_precision=windows.LOW_PRECISION,
+        wide_state=windows.WIDE_STATE,
     )
 )

@@ -27,6 +27,15 @@ from optgrad.core import averages, trees
 LAYOUTS = ("pairs", "reference", "gradients")
 # Each vector's new value needs old values of itself and of those after it only.
 ORDER = ("numerator", "denominator", "moment", "gradient_sum", "reference", "excursion")
+LOW_PRECISION = (
+    "the stored gradients, by ring_dtype or low_precision_state; never positions and sums, of "
+    "which the plan is a ratio of differences"
+)
+WIDE_STATE = (
+    *(f"window.{name}" for name in ("positions", *ORDER)),
+    "pending_gradient",
+    "saved",
+)
 
 
 class Pairs(NamedTuple):

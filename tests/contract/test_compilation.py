@@ -99,11 +99,11 @@ def compiled_for_memory(lowered):
     return lowered.compile()
 
 
-def efficiency(method):
+def efficiency(method, leaves=100):
     """What XLA makes of a donated step on many leaves; extra trees are built outside of it."""
     optimizer = problem.create(method)
     has_loops = any(map(problem.is_function, method.needs))
-    leaves = 10 if has_loops else 100  # line searches compile for too long
+    leaves = 10 if has_loops else leaves  # line searches compile for too long
     leaves, size = (4, 20) if method.is_dense else (leaves, LEAF_SIZE)
     leaf = np.linspace(-1.0, 1.0, size, dtype=np.float32)
     params = {f"leaf_{i:03d}": jnp.asarray(leaf) for i in range(leaves)}

@@ -91,6 +91,7 @@ def test_show(run):
         "variance, state_dtype",
         "learning_rate in [0.0001, 10]",
         "2 vectors",
+        method.low_precision,
         r"\tilde m/(1-\mu^t)",  # the documentation, with its formulas
         "Returns:",
     ):

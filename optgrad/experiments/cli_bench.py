@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from optgrad import registry
+from optgrad.core import checks
 from optgrad.experiments import compilation, terminal
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -31,7 +32,9 @@ def step(  # noqa: PLR0917  typer reads the options from the signature
         typer.Option(help="one, hundred, small400, resnet18, transformer, few; repeatable."),
     ] = None,
     param_dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    state_dtype: Annotated[str, typer.Option(help="default, float32 or bfloat16.")] = "default",
+    state_dtype: Annotated[
+        str, typer.Option(help="default, float32, bfloat16, nearest or stochastic.")
+    ] = "default",
     rounds: Rounds = 20,
     peers: Annotated[
         bool, typer.Option("--peers", help="torch and pytorch_optimizer, where installed.")
@@ -49,10 +52,9 @@ def step(  # noqa: PLR0917  typer reads the options from the signature
         named = tree or ["one", "hundred"]
         for name in named:
             trees.get_tree(name)
-        settings = [
-            lib.Setting(name, *_dtypes(lib.DTYPES, param_dtype, state_dtype), rounds)
-            for name in named
-        ]
+        checks.check_one_of("param_dtype", param_dtype, lib.DTYPES)
+        checks.check_one_of("state_dtype", state_dtype, lib.STATE_DTYPES)
+        settings = [lib.Setting(name, param_dtype, state_dtype, rounds) for name in named]
         _check_output(output, overwrite)
         tables: list[Any] = []
         notes: list[str] = []
@@ -139,14 +141,6 @@ def sweep(  # noqa: PLR0917  typer reads the options from the signature
 
 def _methods(names: Sequence[str] | None) -> list[registry.Method]:
     return [registry.get_method(name) for name in names] if names else list(registry.methods())
-
-
-def _dtypes(accepted: Iterable[str], param_dtype: str, state_dtype: str) -> tuple[str, str]:
-    from optgrad.core import checks  # noqa: PLC0415
-
-    checks.check_one_of("param_dtype", param_dtype, accepted)
-    checks.check_one_of("state_dtype", state_dtype, ["default", *accepted])
-    return param_dtype, state_dtype
 
 
 def _check_output(folder: Path | None, overwrite: bool) -> None:

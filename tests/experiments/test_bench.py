@@ -181,6 +181,9 @@ def test_a_state_type_is_for_methods_that_have_one(fast):
     (row,) = step.costs(methods, setting, on_note=notes.append)
     assert row.state_bytes == 204
     assert notes == ["momentum on one: has no state_dtype"]
+    setting = step.Setting("one", state_dtype="stochastic", rounds=1)
+    (row,) = step.costs([optgrad.get_method("momentum")], setting)  # by the wrapper any has one
+    assert row.state_bytes == 204
 
 
 def test_compile_costs():

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from optgrad import registry
+from optgrad.wrappers.low_precision_state import low_precision_state
 
 EXAMPLES = 4  # of the per-example gradients that some methods take
 _LITTLE = 1000  # entries, below which a copy costs nothing
@@ -29,6 +30,7 @@ class StepProgram:
       method: its record.
       params: a tree of arrays.
       hyperparams: in place of those of `measured_hyperparams`.
+      rounding: of the state to bfloat16 by `optgrad.low_precision_state`, if any.
 
     Attributes:
       method, params: as above.
@@ -38,11 +40,17 @@ class StepProgram:
     """
 
     def __init__(
-        self, method: registry.Method, params: Any, hyperparams: Mapping[str, Any] | None = None
+        self,
+        method: registry.Method,
+        params: Any,
+        hyperparams: Mapping[str, Any] | None = None,
+        rounding: str | None = None,
     ) -> None:
         chosen = {**measured_hyperparams(method), **(hyperparams or {})}
         self.method, self.params = method, params
         self.optimizer = registry.create(method.name, **chosen)
+        if rounding:
+            self.optimizer = low_precision_state(self.optimizer, rounding=rounding)
         self.state = self.optimizer.init(params)
         self.grad = jax.tree.map(lambda p: 0.1 * p + jnp.asarray(0.01, p.dtype), params)
         self._names = method.extras(has_layers=False)

@@ -12,6 +12,8 @@ from optgrad.experiments.bench import peers, programs, timing, trees
 REFERENCE = "adam"
 ROUNDS = 20
 DTYPES: Mapping[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+ROUNDINGS = ("nearest", "stochastic")  # of `optgrad.low_precision_state`, for any optimizer
+STATE_DTYPES = ("default", *DTYPES, *ROUNDINGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class StepCost:
       kind: see `programs.StepProgram.kind`; of a peer the package.
       tree: the parameters' name.
       param_dtype: their type.
-      state_dtype: that of the state, or ``"default"``.
+      state_dtype: one of `STATE_DTYPES`: a method's argument, or the rounding of a wrapper.
       microseconds: of a step, the median.
       microseconds_low: lower quartile.
       microseconds_high: upper quartile.
@@ -86,7 +88,7 @@ def fitting(method: registry.Method, setting: Setting) -> str:
         return "its statistics are those of a network's layers"
     if method.is_dense and setting.tree != "few":
         return "keeps matrices over all parameters: measured on few"
-    if setting.state_dtype != "default" and "state_dtype" not in method.hyperparameters:
+    if setting.state_dtype in DTYPES and "state_dtype" not in method.hyperparameters:
         return "has no state_dtype"
     return ""
 
@@ -128,10 +130,10 @@ def _reference(params: Any) -> tuple[programs.StepProgram, Any, programs.Counts]
 
 def _cost(method: registry.Method, params: Any, setting: Setting) -> StepCost:
     adam, compiled_adam, adam_counts = _reference(params)
-    narrow = (
-        {} if setting.state_dtype == "default" else {"state_dtype": DTYPES[setting.state_dtype]}
-    )
-    program = programs.StepProgram(method, params, narrow)
+    kind = setting.state_dtype
+    narrow = {"state_dtype": DTYPES[kind]} if kind in DTYPES else {}
+    rounding = kind if kind in ROUNDINGS else None
+    program = programs.StepProgram(method, params, narrow, rounding)
     compiled, counts = programs.compiled_with_counts(program)
     traffic, adam_traffic = program.traffic(), adam.traffic()
     assert adam_traffic is not None

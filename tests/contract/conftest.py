@@ -36,6 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 # a third, and the variants of neighbours differ. Optax's own methods take turns with all
 # properties: each runs half of them. Whoever changes what all share runs ``--contract all``.
 DEALT = {"odd_trees", "dtypes", "weak_types", "non_finite_entry", "either_extra_argument"}
+DEALT |= {"low_precision_state"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

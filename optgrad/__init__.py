@@ -85,7 +85,13 @@ from optgrad.step_size import (
 )
 from optgrad.step_size_planning import csawg, csawg_repeated
 from optgrad.training import CurvatureArgs, StepInfo, TrainingStep, curvature_args, make_step
-from optgrad.wrappers import MultiSteps, MultiStepsState, filter_extra, on_subtree
+from optgrad.wrappers import (
+    MultiSteps,
+    MultiStepsState,
+    across_devices,
+    filter_extra,
+    on_subtree,
+)
 
 __version__ = "0.1.0"
 
@@ -98,6 +104,7 @@ __all__ = [
     "StepInfo",
     "TrainingStep",
     "Tunable",
+    "across_devices",
     "adam_sign",
     "adam_star",
     "adam_star_mb",

@@ -1,5 +1,6 @@
 """Reductions over the shards of all devices, within `jax.shard_map`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def across_devices(
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> optax.OptState:
-        if not _are_bound(names):
+        if not any(map(_is_bound, names)):
             return tx.init(params)  # of the whole arrays
         _require_tracking(axis_name, names)
         with shards.across(names):
@@ -89,23 +90,12 @@ def across_devices(
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        if not _are_bound(names):
-            raise ValueError(
-                f"axis_name = {axis_name!r} is not bound where update is called; accepted: a mesh "
-                "axis of the jax.shard_map around it (under jax.jit alone no wrapper is needed)"
-            )
         _require_tracking(axis_name, names)
         with shards.across(names):
             _require_common(updates, params, extra.get("value"))
-            arrays = {k: x for k, x in extra.items() if not callable(x)}
-            functions = {k: x for k, x in extra.items() if callable(x)}
-
-            def step(updates: Any, state: Any, params: Any, arrays: Any) -> Any:
-                return tx.update(updates, state, params, **arrays, **functions)
-
-            given = (updates, state, params, arrays)
+            step = functools.partial(tx.update, updates, state, params, **extra)
             # A function of the parameters reduces as it likes: its result is the user's matter.
-            found = step(*given) if functions else _without_partial_sums(step, given)
+            found = step() if any(map(callable, extra.values())) else _without_partial_sums(step)
             _require_common_scalars(found)
         result: tuple[optax.Updates, optax.OptState] = found
         return result
@@ -124,17 +114,22 @@ def _names(axis_name: Any) -> tuple[str, ...]:
     return names
 
 
-def _are_bound(names: tuple[str, ...]) -> bool:
-    """Whether the code is traced for one device along all these axes."""
+def _is_bound(name: str) -> bool:
+    """Whether the code is traced for one device along this axis."""
     try:
-        for name in names:
-            jax.lax.axis_index(name)
+        jax.lax.axis_index(name)
     except NameError:
         return False
     return True
 
 
 def _require_tracking(axis_name: Any, names: tuple[str, ...]) -> None:
+    """Refuses axes that are not those of a `jax.shard_map` that knows what varies along them."""
+    if unbound := [name for name in names if not _is_bound(name)]:
+        raise ValueError(
+            f"axis_name = {axis_name!r}: {unbound[0]!r} is not bound here; accepted: mesh axes of "
+            "the jax.shard_map around update (under jax.jit alone no wrapper is needed)"
+        )
     with shards.across(names):
         if all(shards.axes_of(jax.lax.axis_index(name)) for name in names):
             return
@@ -165,15 +160,15 @@ def _require_common(updates: Any, params: Any, value: Any) -> None:
             )
 
 
-def _without_partial_sums(step: Callable[..., Any], given: tuple[Any, ...]) -> Any:
-    """The step, refused if anything in it depends on a sum over one device's shard alone."""
-    closed, shapes = jax.make_jaxpr(step, return_shape=True)(*given)
+def _without_partial_sums(step: Callable[[], Any]) -> Any:
+    """The step's results, refused if one depends on a sum over one device's shard alone."""
+    closed, shapes = jax.make_jaxpr(step, return_shape=True)()
     flags = partial_sums.outputs(closed)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     for path, is_partial in zip(paths, flags, strict=True):
         if is_partial:
             raise ValueError(_refusal(path, "depends on a reduction over one device's shard alone"))
-    results = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves(given))
+    results = jax.extend.core.jaxpr_as_fun(closed)()
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 

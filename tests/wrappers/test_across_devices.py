@@ -206,10 +206,13 @@ def test_refuses_what_is_no_axis(name):
 
 def test_refuses_an_unbound_axis(mesh):
     optimizer = optgrad.across_devices(optgrad.polyak(), "model")
-    with pytest.raises(ValueError, match="axis_name = 'model' is not bound where update is called"):
+    with pytest.raises(ValueError, match="axis_name = 'model': 'model' is not bound here"):
         run(optimizer)(params_of())
-    with pytest.raises(ValueError, match="axis_name = 'model' is not bound"):
+    with pytest.raises(ValueError, match="'model' is not bound"):
         mapped(run(optimizer, value_fn=divided_value), mesh)(params_of())
+    both = optgrad.across_devices(optgrad.polyak(), ("data", "model"))
+    with pytest.raises(ValueError, match="'model' is not bound"):
+        mapped(run(both, value_fn=divided_value), mesh)(params_of())
 
 
 def test_refuses_untracked_shards(mesh):

@@ -4,8 +4,11 @@ Where the survey slides write an update differently from optax's defaults, the f
 slides' arguments as defaults and its docstring says so.
 """
 
+from typing import Any
+
 import optax
 
+from optgrad.core import shards
 from optgrad.registry import Method, Tunable, register
 
 SLIDES = 'J. Duda, "Improving convergence of stochastic gradient descent" (slides)'
@@ -91,7 +94,21 @@ def lbfgs(
     search = optax.scale_by_zoom_linesearch(
         max_linesearch_steps=max_linesearch_steps, initial_guess_strategy="one"
     )
-    return optax.lbfgs(learning_rate, memory_size, scale_init_precond, search)
+    optimizer = optax.lbfgs(learning_rate, memory_size, scale_init_precond, search)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        shards.require_whole(updates, "optax.lbfgs")
+        found: tuple[optax.Updates, optax.OptState] = optimizer.update(
+            updates, state, params, **extra
+        )
+        return found
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def polyak_sgd(

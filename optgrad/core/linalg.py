@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optgrad.core import averages, trees
+from optgrad.core import averages, shards, trees
 
 Product = Callable[[Any], Any]
 
@@ -57,7 +57,7 @@ def where(condition: chex.Array, x: Any, y: Any) -> Any:
 def all_finite(tree: chex.ArrayTree) -> chex.Array:
     """Whether every entry of every leaf is a finite number, shape ()."""
     finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+    return shards.all_true(finite) if finite else jnp.asarray(True)
 
 
 def widened(tree: chex.ArrayTree) -> chex.ArrayTree:
@@ -88,15 +88,21 @@ def random_unit(key: chex.PRNGKey, like: chex.ArrayTree) -> chex.ArrayTree:
     structure: Any = jax.tree.structure(like)
     keys = jax.random.split(key, max(len(leaves), 1))
     normal = [
-        jax.random.normal(k, x.shape, averages.average_dtype(x)) + _zeros_like(x)
+        jax.random.normal(shards.key_of(k, x), x.shape, averages.average_dtype(x)) + _zeros_like(x)
         for k, x in zip(keys, leaves, strict=False)
     ]
     return unit(structure.unflatten(normal))[0]
 
 
-def empty_basis(like: chex.ArrayTree, count: int) -> chex.ArrayTree:
-    """A basis of ``count`` zero directions, at least float32, placed like ``like``."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(_zeros_like(x)[None], (count, *x.shape)), like)
+def empty_basis(like: chex.ArrayTree, count: int, dtype: Any | None = None) -> chex.ArrayTree:
+    """A basis of ``count`` zero directions, at least float32 by default, placed like ``like``."""
+
+    def one(x: chex.Array) -> chex.Array:
+        zeros = _zeros_like(x)
+        zeros = zeros if dtype is None else zeros.astype(dtype)
+        return jnp.broadcast_to(zeros[None], (count, *zeros.shape))
+
+    return jax.tree.map(one, like)
 
 
 def set_direction(basis: chex.ArrayTree, index: chex.Numeric, x: chex.ArrayTree) -> chex.ArrayTree:
@@ -137,7 +143,7 @@ def gram(left: chex.ArrayTree, right: chex.ArrayTree) -> chex.Array:
     ]
     if not products:
         raise ValueError("basis has no leaves: the number of directions is not known")
-    return sum(products[1:], start=products[0])
+    return shards.total(products)
 
 
 def orthogonalize(x: chex.ArrayTree, basis: chex.ArrayTree) -> chex.ArrayTree:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, diagnostics, linalg, oracles, transforms
+from optgrad.core import averages, diagnostics, linalg, oracles, shards, transforms
 
 LineSearch: TypeAlias = optax.GradientTransformationExtraArgs
 _MOST_FAILURES = 5  # steps are shortened to 10⁻¹² at the most
@@ -129,6 +129,7 @@ def with_safe_linesearch(
             )
         if not jax.tree.leaves(params):
             return updates, state
+        shards.require_whole(params, "a line search of optax")
         oriented, directed = direction.update(
             updates, state.direction, params, value=value, grad=grad, value_fn=value_fn, **extra
         )

@@ -139,11 +139,10 @@ def dense_matrix(product: linalg.Product, params: optax.Params, *, at_once: int 
       params: a tree of D numbers; a few thousand at most.
       at_once: products computed together.
     """
-    flat, unravel = jax.flatten_util.ravel_pytree(linalg.widened(params))
+    flat, unravel = trees.ravel(linalg.widened(params))
 
     def row(unit: chex.Array) -> chex.Array:
-        image: chex.Array = jax.flatten_util.ravel_pytree(product(unravel(unit)))[0]
-        return image
+        return trees.ravel(product(unravel(unit)))[0]
 
     rows = jax.lax.map(row, jnp.eye(flat.size, dtype=flat.dtype), batch_size=at_once)
     return 0.5 * (rows + rows.T)

@@ -10,17 +10,19 @@ from typing import Any
 
 import chex
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 
-from optgrad.core import averages
+from optgrad.core import averages, shards
 
 
 def inner_products(*pairs: tuple[chex.ArrayTree, chex.ArrayTree]) -> tuple[chex.Array, ...]:
     """The inner products ⟨x, y⟩ of several pairs of trees, leaf by leaf, in one pass over them.
 
     One reduction with several results, which XLA fuses with the products: nothing of a leaf's size
-    is stored in between, each leaf is read once, and sharded leaves cost one all-reduce. Sums run
-    over two levels, so that float32 suffices for large leaves.
+    is stored in between, and each leaf is read once. Sums run over two levels, so that float32
+    suffices for large leaves. What is divided among devices costs one small all-reduce (see
+    `_sums_of_divided`, and `shards` for shards under `jax.shard_map`).
 
     Args:
       *pairs: trees of the same structure and shapes.
@@ -40,6 +42,9 @@ def inner_products(*pairs: tuple[chex.ArrayTree, chex.ArrayTree]) -> tuple[chex.
     leaves = [_sums(group) for group in zip(*products, strict=True)]
     if not leaves:
         return tuple(jnp.zeros((0,), averages.scalar_dtype()) for _ in pairs)
+    if shards.are_summed():
+        rows = shards.added([jnp.stack(row) for row in leaves])
+        return tuple(jnp.stack(rows).T)
     return tuple(jnp.stack(column) for column in zip(*leaves, strict=True))
 
 
@@ -50,8 +55,10 @@ def _sums(arrays: Sequence[chex.Array]) -> tuple[chex.Array, ...]:
     shape, size = arrays[0].shape, arrays[0].size
     if not shape:
         return arrays
+    if shards.may_be_divided(*arrays):
+        return _sums_of_divided(arrays)
     kept = None
-    if size > _LONG and len(shape) == 1 and not is_explicitly_sharded(arrays[0]):
+    if size > _LONG and len(shape) == 1:
         whole = size - size % _LONG
         parts = [_sums([x[:whole].reshape(-1, _LONG) for x in arrays])]
         parts += [_sums([x[whole:] for x in arrays])] if whole < size else []
@@ -62,6 +69,16 @@ def _sums(arrays: Sequence[chex.Array]) -> tuple[chex.Array, ...]:
     axes = tuple(i for i in range(len(shape)) if i != kept)
     zeros = tuple(jnp.zeros((), dtype) for _ in arrays)
     return tuple(jnp.sum(x) for x in jax.lax.reduce(arrays, zeros, _add, axes))
+
+
+def _sums_of_divided(arrays: Sequence[chex.Array]) -> tuple[chex.Array, ...]:
+    """The sums of arrays that XLA divides among devices, one reduction for each.
+
+    Of a reduction with one result it adds up the devices' results, and puts those of all leaves
+    into one all-reduce (up to 256, its limit); of one with several it gathers them, each on its
+    own. A reduction to an axis first, or a reshape, would send what is as long as the axis.
+    """
+    return tuple(jnp.sum(x) for x in arrays)
 
 
 def _add(x: tuple[chex.Array, ...], y: tuple[chex.Array, ...]) -> tuple[chex.Array, ...]:
@@ -125,7 +142,7 @@ def project(basis: chex.ArrayTree, x: chex.ArrayTree) -> chex.Array:
     coordinates = jax.tree.leaves(jax.tree.map(one, basis, x))
     if not coordinates:
         raise ValueError("basis has no leaves: the number of directions is not known")
-    return sum(coordinates[1:], start=coordinates[0])
+    return shards.total(coordinates)
 
 
 def combine(coordinates: chex.Array, basis: chex.ArrayTree) -> chex.ArrayTree:
@@ -141,9 +158,43 @@ def combine(coordinates: chex.Array, basis: chex.ArrayTree) -> chex.ArrayTree:
     )
 
 
+def ravel(tree: chex.ArrayTree) -> tuple[chex.Array, Callable[[chex.Array], chex.ArrayTree]]:
+    """All leaves in one vector, whole on every device, and the way back to their placements.
+
+    For dense methods alone, whose parameters are few.
+
+    Raises:
+      ValueError: for shards under `jax.shard_map`.
+    """
+    shards.require_whole(tree, "a matrix over all parameters")
+    flat: chex.Array
+    flat, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(_gathered, tree))
+
+    def placed(vector: chex.Array) -> chex.ArrayTree:
+        return jax.tree.map(_placed_like, unravel(vector), tree)
+
+    return flat, placed
+
+
+def _gathered(x: chex.Array) -> chex.Array:
+    """An explicitly sharded array on all devices: such arrays are not reshaped as they are."""
+    if not is_explicitly_sharded(x):
+        return x
+    kind: Any = jax.typeof(x)
+    whole: Any = kind.sharding.update(spec=[None] * x.ndim)
+    return jax.sharding.reshard(x, whole)  # type: ignore[no-untyped-call]
+
+
+def _placed_like(x: chex.Array, like: chex.Array) -> chex.Array:
+    if not is_explicitly_sharded(like):
+        return x
+    kind: Any = jax.typeof(like)
+    return jax.sharding.reshard(x, kind.sharding)  # type: ignore[no-untyped-call]
+
+
 def size(tree: chex.ArrayTree) -> int:
-    """Number of scalars in all leaves."""
-    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
+    """Number of scalars in all leaves, on all devices."""
+    return sum(jnp.size(leaf) * shards.number_of(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def wide(x: chex.Array) -> chex.Array:

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -106,7 +105,7 @@ def scale_by_bfgs(*, max_size: int = _LARGEST) -> optax.GradientTransformationEx
         skipped = trial.counted_unless(complete, state.skipped)
         count = optax.safe_increment(state.count)
         new = ScaleByBFGSState(count, pairs, model, x, g, skipped, state.rejected)
-        unravel = jax.flatten_util.ravel_pytree(linalg.widened(updates))[1]
+        unravel = trees.ravel(linalg.widened(updates))[1]
         updates, finite = trial.finite_only(unravel(direction), updates)
         rejected = trial.counted_unless(finite, state.rejected)
         return updates, linalg.where(finite, new, state)._replace(rejected=rejected)
@@ -153,8 +152,7 @@ def _eps(x: chex.Array) -> float:
 
 def _ravel(tree: chex.ArrayTree) -> chex.Array:
     """All leaves in one vector, at least float32: only a dense method may do so."""
-    flat: chex.Array = jax.flatten_util.ravel_pytree(linalg.widened(tree))[0]
-    return flat
+    return trees.ravel(linalg.widened(tree))[0]
 
 
 def bfgs(

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
@@ -156,7 +155,7 @@ def _step(
 ) -> tuple[chex.Array, chex.ArrayTree, chex.Array]:
     """All eigenvalues, the step, and by how much the loss decreases by the model of it."""
     curvatures, axes = linalg.eigh(oracles.dense_matrix(product, params))
-    gradient, unravel = jax.flatten_util.ravel_pytree(linalg.widened(updates))
+    gradient, unravel = trees.ravel(linalg.widened(updates))
     along = _matmul(axes.T, gradient)  # Qᵀg
     divisor = variant.divisor(curvatures, damping.astype(along.dtype), count)
     along_step = jnp.asarray(rate, along.dtype) * _quotient(along, divisor)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
@@ -83,7 +82,7 @@ def solve_primal(
 def _ravel(tree: chex.ArrayTree) -> Any:
     """One vector, in the type that drives a step, and the way back."""
     dtype = averages.scalar_dtype()
-    return jax.flatten_util.ravel_pytree(jax.tree.map(lambda x: jnp.asarray(x, dtype), tree))
+    return trees.ravel(jax.tree.map(lambda x: jnp.asarray(x, dtype), tree))
 
 
 def _rounding(tree: chex.ArrayTree, terms: int) -> float:

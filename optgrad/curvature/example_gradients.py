@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, linalg, oracles, trees
+from optgrad.core import averages, linalg, oracles, shards, trees
 from optgrad.core.layer_statistics import LayerStatistics
 from optgrad.curvature import kfac_layers
 
@@ -106,6 +106,7 @@ class _Layered:
             )
         self.size = oracles.batch_size(tuple(stats.values()), "kfac_stats")
         self._blocks = kfac_layers.blocks(like, self._layers)
+        shards.require_whole(self._blocks, "a layer's gradients as products of its statistics")
         self._pairs = {path: _pair(path, stats[path], block) for path, block in self._items()}
 
     def _items(self) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, transforms, trees
+from optgrad.core import averages, checks, shards, transforms, trees
 from optgrad.core import diagnostics as summaries
 
 
@@ -124,7 +124,7 @@ def _mean(tree: chex.ArrayTree) -> chex.Array:
     dtype = averages.scalar_dtype()
     number = max(trees.size(tree), 1)  # each entry is divided: the sum of squares may overflow
     sums = [jnp.sum(x.astype(dtype) / number) for x in jax.tree.leaves(tree)]
-    return sum(sums, start=jnp.zeros((), dtype))
+    return shards.total(sums) if sums else jnp.zeros((), dtype)
 
 
 def _shrunk_entry(g: chex.Array, c: chex.Array, damping: chex.Numeric) -> chex.Array:

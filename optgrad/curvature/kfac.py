@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import chex
 import optax
 
-from optgrad.core import averages, checks, linalg, oracles, transforms
+from optgrad.core import averages, checks, linalg, oracles, shards, transforms
 from optgrad.curvature import kfac_factors, kfac_layers, kfac_steps, trial
 from optgrad.curvature.kfac_preconditioner import STATISTICS_COST, check_arguments, scale_by_kfac
 from optgrad.registry import Method, Tunable, register
@@ -154,6 +154,7 @@ def kfac(
     def init(params: optax.Params) -> KFACState:
         found = kfac_layers.find_layers(params, layers)
         own = kfac_layers.blocks(params, found)
+        shards.require_whole(own, "the inverse of a layer's Kronecker factors")
         start = trial.scalar(transforms.hyperparameter_at(damping, trial.zero_count()))
         return KFACState(
             count=trial.zero_count(),

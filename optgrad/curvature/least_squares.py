@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, checks, linalg, oracles, transforms, trees
+from optgrad.core import averages, checks, linalg, oracles, shards, transforms, trees
 from optgrad.curvature import newton_equation, trial
 
 SOLVERS = ("cg", "dense")
@@ -107,7 +106,8 @@ class Solver:
 
 def _jacobian_squares(model: LinearModel, like: Any) -> tuple[chex.ArrayTree, float]:
     """The diagonal of JᵀJ, from one row of J after the other, and how many there are."""
-    flat, unravel = jax.flatten_util.ravel_pytree(model.residual)
+    shards.require_whole(model.residual, "the diagonal of JᵀJ, one row of J after the other,")
+    flat, unravel = trees.ravel(model.residual)
 
     def add(total: chex.ArrayTree, i: chex.Array) -> tuple[chex.ArrayTree, None]:
         row = model.pull(unravel((jnp.arange(flat.size) == i).astype(flat.dtype)))
@@ -120,7 +120,7 @@ def _jacobian_squares(model: LinearModel, like: Any) -> tuple[chex.ArrayTree, fl
 def _floored(diagonal: chex.ArrayTree) -> chex.ArrayTree:
     """Entries that are zero, or nothing beside the largest one, raised to a rounding of it."""
     leaves = [jnp.max(x, initial=0.0) for x in jax.tree.leaves(diagonal)]
-    largest = jnp.max(jnp.stack(leaves)).astype(averages.scalar_dtype())
+    largest = jnp.max(jnp.stack(shards.maxima(leaves))).astype(averages.scalar_dtype())
     floor = jnp.where(largest > 0, linalg.epsilon() * largest, 1.0)
     return jax.tree.map(lambda x: jnp.maximum(x, floor.astype(x.dtype)), diagonal)
 
@@ -133,11 +133,10 @@ def _solve_dense(
     One step of refinement with A itself makes up for what is lost by solving for AᵀA (the
     corrected seminormal equations). NaN where A is singular to working precision.
     """
-    right, unravel = jax.flatten_util.ravel_pytree(b)
+    right, unravel = trees.ravel(b)
 
     def column(unit: chex.Array) -> chex.Array:
-        image: chex.Array = jax.flatten_util.ravel_pytree(model.push(unravel(unit)))[0]
-        return image.astype(right.dtype)
+        return trees.ravel(model.push(unravel(unit)))[0].astype(right.dtype)
 
     size = right.size
     columns = jax.lax.map(column, jnp.eye(size, dtype=right.dtype), batch_size=_AT_ONCE)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optgrad.core import trees
+from optgrad.core import shards, trees
 
 LOSSES = ("general", "softmax", "squared")
 
@@ -17,6 +17,7 @@ def root_times_signs(
     loss: str, outputs: Any, out_loss_fn: Callable[[Any], chex.Array] | None, key: chex.PRNGKey
 ) -> Any:
     """A random r with E[rrᵀ] = ∇²_z of the mean loss (its blocks), like the outputs."""
+    shards.require_whole(outputs, "a random vector over all outputs")
     leaves: list[chex.Array]
     leaves, structure = jax.tree.flatten(jax.tree.map(trees.wide, outputs))
     found = []

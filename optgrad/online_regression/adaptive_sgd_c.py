@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, checks, transforms
+from optgrad.core import averages, checks, shards, transforms
 from optgrad.online_regression import coordinatewise as cw
 from optgrad.online_regression import parabola
 from optgrad.registry import Method, Tunable, register
@@ -251,8 +251,9 @@ def _adapted(
     if noise == "coordinate":
         return sample.moment(variance, square, weights.old, weights.new)
     counts = (sample.gradient != 0) if sample.skip else jnp.ones_like(square, bool)
-    number = jnp.sum(counts, dtype=square.dtype)
-    mean = jnp.sum(jnp.where(counts, square, 0.0)) / jnp.maximum(number, 1.0)
+    sums = [jnp.sum(counts, dtype=square.dtype), jnp.sum(jnp.where(counts, square, 0.0))]
+    number, whole = shards.total([jnp.stack(sums)])
+    mean = whole / jnp.maximum(number, 1.0)
     old, new = weights.old.astype(square.dtype), weights.new.astype(square.dtype)
     return jnp.where(number > 0, old * variance + new * mean, variance)
 

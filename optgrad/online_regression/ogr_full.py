@@ -4,11 +4,10 @@ import functools
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, transforms, trees
+from optgrad.core import averages, checks, linalg, transforms, trees
 from optgrad.online_regression import parabola, subspace, subspace_model
 from optgrad.registry import Method, Tunable, register
 
@@ -221,20 +220,11 @@ def _weights(count: chex.Array, decay: chex.Numeric, paper: bool) -> averages.Sa
 
 def _ravel(tree: chex.ArrayTree) -> chex.Array:
     """All leaves in one vector: only this method, of few parameters, may do so."""
-    leaves = [jnp.ravel(trees.wide(x)) for x in jax.tree.leaves(tree)]
-    return jnp.concatenate(leaves) if leaves else jnp.zeros((0,), averages.scalar_dtype())
+    return trees.ravel(linalg.widened(tree))[0]
 
 
 def _unravel(vector: chex.Array, like: chex.ArrayTree) -> chex.ArrayTree:
-    leaves = jax.tree.leaves(like)
-    ends = [0]
-    for leaf in leaves:
-        ends.append(ends[-1] + jnp.size(leaf))
-    parts = [
-        vector[start:end].reshape(jnp.shape(leaf)).astype(jnp.result_type(leaf))
-        for start, end, leaf in zip(ends, ends[1:], leaves, strict=False)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), parts)
+    return transforms.cast_like(trees.ravel(linalg.widened(like))[1](vector), like)
 
 
 register(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, trees
+from optgrad.core import averages, linalg, shards, trees
 
 BASES = ("pca", "push")
 _ORTHONORMALIZE_EVERY = 20  # steps
@@ -78,9 +78,7 @@ def number_of_directions(params: optax.Params, d: int | None, default: int) -> i
 
 def init_basis(params: optax.Params, d: int, dtype: Any | None = None) -> Basis:
     """No direction yet: the first d gradients fill it."""
-    rows = jax.tree.map(
-        lambda p: jnp.zeros((d, *jnp.shape(p)), dtype or averages.average_dtype(p)), params
-    )
+    rows = linalg.empty_basis(params, d, dtype)
     scalar = averages.scalar_dtype()
     matrices = jnp.eye(d, dtype=scalar), jnp.zeros((d, d), scalar)
     return Basis(rows, *matrices, jnp.zeros((), jnp.int32))
@@ -93,7 +91,7 @@ def random_basis(params: optax.Params, d: int, dtype: Any | None = None, seed: i
     keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
 
     def draw(key: chex.PRNGKey, x: chex.Array) -> chex.Array:
-        return jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0)
+        return x + jax.random.uniform(shards.key_of(key, x), x.shape, x.dtype, -1.0, 1.0)
 
     drawn = [draw(*pair) for pair in zip(keys, leaves, strict=False)]
     rows = jax.tree.unflatten(structure, drawn)
@@ -328,14 +326,7 @@ def rotate(basis: Basis, rotation: chex.Array) -> Basis:
 
 def gram(basis: Basis) -> chex.Array:
     """V Vᵀ, shape (d, d); the identity up to rounding, with zeros for directions not yet found."""
-
-    def one(rows: chex.Array) -> chex.Array:
-        axes = tuple(range(1, rows.ndim))
-        return jnp.tensordot(
-            rows, rows, axes=(axes, axes), precision=_EXACT, preferred_element_type=rows.dtype
-        ).astype(averages.scalar_dtype())
-
-    inner = sum(map(one, jax.tree.leaves(basis.rows)))
+    inner = linalg.gram(basis.rows, basis.rows)
     return matmul(basis.rotation, inner, basis.rotation.T)
 
 

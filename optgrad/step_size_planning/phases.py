@@ -361,8 +361,11 @@ def _applied(params: chex.Array, step: chex.Array) -> chex.Array:
 
 
 def _computed_once(tree: chex.ArrayTree) -> chex.ArrayTree:
-    """``tree``, which XLA may not compute anew in each of its uses."""
-    return jax.lax.optimization_barrier(tree)  # type: ignore[no-untyped-call]
+    """``tree``, which XLA may not compute anew in each of its uses.
+
+    One leaf at a time: together they would all count as shards where one is (see `shards`).
+    """
+    return jax.tree.map(jax.lax.optimization_barrier, tree)
 
 
 def _where(when: chex.Array, new: chex.ArrayTree, old: chex.ArrayTree) -> chex.ArrayTree:

@@ -22,7 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optgrad.core import averages, trees
+from optgrad.core import averages, linalg, trees
 
 LAYOUTS = ("pairs", "reference", "gradients")
 # Each vector's new value needs old values of itself and of those after it only.
@@ -233,9 +233,7 @@ def init_window(layout: str, params: chex.ArrayTree, window: int, ring_dtype: An
         return averages.zeros_like_average(params)
 
     def ring(dtype: Any) -> chex.ArrayTree:
-        return jax.tree.map(
-            lambda x: jnp.zeros((window, *jnp.shape(x)), dtype or averages.average_dtype(x)), params
-        )
+        return linalg.empty_basis(params, window, dtype)
 
     if layout == "pairs":
         return Pairs(ring(None), ring(ring_dtype), zeros(), zeros())

@@ -32,6 +32,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("method", chosen, ids=[m.name for m in chosen])
 
 
+# What is much the same as another property; the default run has a few methods of each kind.
+SELDOM = {
+    "explicit_mesh": {"m_svag", "ogr1ds", "csawg", "idbd"},
+    "shard_map": {"m_svag", "ogr1dc", "l4_adam", "csawg", "ogr_full"},
+}
+
 # Of the tests that compile a program for each of many variants, the methods take turns: each runs
 # a third, and the variants of neighbours differ. Optax's own methods take turns with all
 # properties: each runs half of them. Whoever changes what all share runs ``--contract all``.
@@ -45,7 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     order = {method.name: i for i, method in enumerate(optgrad.methods())}
     for item in items:
         if method := method_of(item):
-            if method.name in SLOW:
+            often = SELDOM.get(item.originalname.removeprefix("test_"))
+            if method.name in SLOW or (often is not None and method.name not in often):
                 item.add_marker(pytest.mark.slow)
             failure = upstream.FAILURES.get((method.name, property_of(item)))
             if failure is not None:

@@ -1,12 +1,9 @@
 """L4's step size along any direction."""
 
-from collections.abc import Callable
 from typing import Any
 
-import chex
 import optax
 
-from optgrad.core import linalg
 from optgrad.step_size import linearized_loss as ll
 
 
@@ -100,12 +97,10 @@ def l4(
     )
     transformation = optax.with_extra_args_support(direction)
 
-    def apply(
-        sample: ll.Sample, state: ll.L4State
-    ) -> tuple[Callable[[chex.Array], optax.Updates], optax.OptState]:
+    def apply(sample: ll.Sample, state: ll.L4State) -> ll.Direction:
         vector, inner = transformation.update(
             sample.gradient, state.direction, sample.params, **sample.extra
         )
-        return lambda _: vector, linalg.where(sample.taken, inner, state.direction)
+        return ll.Direction(lambda gradient: inner, lambda mean, state: vector)
 
     return ll.along(apply, transformation.init, rule)

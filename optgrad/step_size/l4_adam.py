@@ -1,6 +1,5 @@
 """L4 along Adam's direction."""
 
-from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, linalg, transforms, trees
+from optgrad.core import averages, checks, transforms, trees
 from optgrad.registry import Method, Tunable, register
 from optgrad.step_size import linearized_loss as ll
 from optgrad.step_size import loss_based
@@ -101,25 +100,20 @@ def l4_adam(
     checks.check_in_range("beta_variance", beta_variance, 0.0, 1.0, high_open=True)
     checks.check_in_range("epsilon_root", epsilon_root, 0.0, high_open=True)
 
-    def direction(
-        sample: ll.Sample, state: ll.L4State
-    ) -> tuple[Callable[[chex.Array], optax.Updates], optax.Updates]:
+    def direction(sample: ll.Sample, state: ll.L4State) -> ll.Direction:
         decay, added = (
             transforms.hyperparameter_at(x, state.count) for x in (beta_variance, epsilon_root)
         )
         weights = averages.sample_weights(optax.safe_increment(state.count), decay)
-        squares = jax.tree.map(lambda g: jnp.square(trees.wide(g)), sample.gradient)
-        squares = averages.update_mean(state.direction, squares, weights)
-        squares = linalg.where(sample.taken, squares, state.direction)
 
-        def vector(one: chex.Array) -> optax.Updates:
-            return jax.tree.map(
-                lambda m, v: _ratio(m, one.astype(v.dtype) * v, added),
-                sample.mean_gradient,
-                squares,
-            )
+        def vector(mean: optax.Updates, squares: optax.Updates) -> optax.Updates:
+            return jax.tree.map(lambda m, v: _ratio(m, v, added), mean, squares)
 
-        return vector, squares
+        def mean_squares(gradient: optax.Updates) -> optax.Updates:
+            squares = jax.tree.map(lambda g: jnp.square(trees.wide(g)), gradient)
+            return averages.update_mean(state.direction, squares, weights)
+
+        return ll.Direction(mean_squares, vector)
 
     def init_direction(params: optax.Params) -> optax.Updates:
         return averages.zeros_like_average(params, state_dtype)

@@ -94,7 +94,8 @@ def l4_momentum(
         max_learning_rate=max_learning_rate,
         state_dtype=state_dtype,
     )
-    return ll.along(lambda sample, _: (lambda _: sample.mean_gradient, ()), lambda _: (), rule)
+    mean_itself = ll.Direction(lambda gradient: (), lambda mean, state: mean)
+    return ll.along(lambda sample, _: mean_itself, lambda _: (), rule)
 
 
 register(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -89,21 +90,28 @@ class Sample(NamedTuple):
     """What a direction is computed from."""
 
     gradient: optax.Updates
-    mean_gradient: optax.Updates  # with this gradient
     params: optax.Params | None
     extra: dict[str, Any]  # the extra arguments of this call
-    taken: chex.Array  # whether the step is taken; if not, the direction's state stays, shape ()
 
 
-# The direction and its new state. The direction is asked for twice, with a factor of 1 both times:
-# what is cheap to compute need not be stored in between.
-Direction = Callable[
-    [Sample, L4State], tuple[Callable[[chex.Array], optax.Updates], optax.OptState]
-]
+class Direction(NamedTuple):
+    """A direction after one more gradient.
+
+    Both functions are called twice, for the inner product and for the step, and what is cheap to
+    compute need not be stored in between: the second time with the gradient times a factor of 1,
+    of which XLA does not know that it is one.
+    """
+
+    # gradient -> the direction's own new state
+    state: Callable[[optax.Updates], optax.OptState]
+    # mean gradient, own state -> the vector
+    vector: Callable[[optax.Updates, optax.OptState], optax.Updates]
 
 
 def along(
-    direction: Direction, init_direction: Callable[[optax.Params], optax.OptState], rule: StepRule
+    direction: Callable[[Sample, L4State], Direction],
+    init_direction: Callable[[optax.Params], optax.OptState],
+    rule: StepRule,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer θ ← θ − η·direction with L4's η."""
 
@@ -126,21 +134,30 @@ def along(
         **extra: Any,
     ) -> tuple[optax.Updates, L4State]:
         value = transforms.require_value(value)
-        taken = jnp.isfinite(value) & jnp.isfinite(linalg.dot(updates, updates))
         count = optax.safe_increment(state.count)
         weights = averages.sample_weights(
             count, transforms.hyperparameter_at(rule.beta, state.count)
         )
-        mean = averages.update_mean(state.mean_gradient, updates, weights)
-        mean = linalg.where(taken, mean, state.mean_gradient)
-        sample = Sample(updates, mean, params, {**extra, "value": value}, taken)
-        vector, inner = direction(sample, state)
-        one = jnp.ones_like(value)
-        slope = jnp.sum(trees.inner_products((mean, vector(one)))[0])
+        towards = direction(Sample(updates, params, {**extra, "value": value}), state)
+
+        def after(gradient: optax.Updates) -> tuple[optax.Updates, optax.OptState]:
+            mean = averages.update_mean(state.mean_gradient, gradient, weights)
+            return mean, towards.state(gradient)
+
+        mean, inner = after(updates)
+        # Both inner products in one pass, as if the step were taken: else the second is of no use.
+        square, slope = (
+            jnp.sum(x)
+            for x in trees.inner_products((updates, updates), (mean, towards.vector(mean, inner)))
+        )
+        taken = jnp.isfinite(value) & jnp.isfinite(square)
         slope = jnp.where(jnp.isfinite(slope), slope, 0.0)
+        one = trees.ordered_after(jnp.ones_like(value), slope)
+        again = jax.tree.map(lambda g: one.astype(g.dtype) * g, updates)
+        mean, inner = linalg.where(taken, after(again), (state.mean_gradient, state.direction))
         step, min_loss = rule.step_size(value, slope, state)
         like = updates if params is None else params
-        moved = loss_based.descend(vector(trees.ordered_after(one, slope)), step, taken, like)
+        moved = loss_based.descend(towards.vector(mean, inner), step, taken, like)
         # The vectors have been chosen above, before anything was made of them.
         old = state._replace(mean_gradient=mean, direction=inner)
         new = L4State(count, state.skipped, min_loss, step, mean, inner)

@@ -33,6 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optgrad.core import leafwise
+
 # What a record says of a method whose vectors are averages.
 LOW_PRECISION = (
     "averages: by state_dtype, which rounds to nearest, for decays up to 0.99; by "
@@ -151,7 +153,7 @@ def update_mean(
         mean = jnp.where(new > 0.5, x - old * (x - wide), wide + new * (x - wide))
         return mean.astype(m.dtype)
 
-    return jax.tree.map(update, mean, sample)
+    return leafwise.tree_map(update, mean, sample)
 
 
 def update_variance(
@@ -206,7 +208,7 @@ def update_covariance(  # noqa: PLR0917  the order of the formula: c, x, m, y, n
         fresh = new * (deviation_x * deviation_y)
         return (_times(old, c.astype(dtype)) + fresh).astype(c.dtype)
 
-    return jax.tree.map(update, covariance, sample_x, new_mean_x, sample_y, new_mean_y)
+    return leafwise.tree_map(update, covariance, sample_x, new_mean_x, sample_y, new_mean_y)
 
 
 def _times(weight: chex.Array, past: chex.Array) -> chex.Array:
@@ -233,4 +235,4 @@ def update_sum(
         kept = _times(jnp.asarray(decay, dtype), s.astype(dtype))
         return (kept + jnp.asarray(x, dtype)).astype(s.dtype)
 
-    return jax.tree.map(update, total, sample)
+    return leafwise.tree_map(update, total, sample)

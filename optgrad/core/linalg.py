@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optgrad.core import averages, shards, trees
+from optgrad.core import averages, leafwise, shards, trees
 
 Product = Callable[[Any], Any]
 
@@ -31,7 +31,7 @@ def epsilon() -> float:
 
 def dot(x: chex.ArrayTree, y: chex.ArrayTree) -> chex.Array:
     """⟨x, y⟩ over the whole tree, at least float32, shape ()."""
-    return jnp.sum(trees.inner_products((x, y))[0])
+    return trees.dots((x, y))[0]
 
 
 def norm(x: chex.ArrayTree) -> chex.Array:
@@ -41,17 +41,17 @@ def norm(x: chex.ArrayTree) -> chex.Array:
 
 def axpy(a: chex.Numeric, x: chex.ArrayTree, y: chex.ArrayTree) -> chex.ArrayTree:
     """a·x + y, in at least float32."""
-    return jax.tree.map(lambda u, v: _scalar_like(a, u) * trees.wide(u) + trees.wide(v), x, y)
+    return leafwise.tree_map(lambda u, v: _scalar_like(a, u) * trees.wide(u) + trees.wide(v), x, y)
 
 
 def scale(a: chex.Numeric, x: chex.ArrayTree) -> chex.ArrayTree:
     """a·x, in at least float32."""
-    return jax.tree.map(lambda u: _scalar_like(a, u) * trees.wide(u), x)
+    return leafwise.tree_map(lambda u: _scalar_like(a, u) * trees.wide(u), x)
 
 
 def where(condition: chex.Array, x: Any, y: Any) -> Any:
     """One of two trees, by a scalar condition."""
-    return jax.tree.map(lambda u, v: jnp.where(condition, u, v), x, y)
+    return leafwise.tree_map(lambda u, v: jnp.where(condition, u, v), x, y)
 
 
 def all_finite(tree: chex.ArrayTree) -> chex.Array:
@@ -62,12 +62,12 @@ def all_finite(tree: chex.ArrayTree) -> chex.Array:
 
 def widened(tree: chex.ArrayTree) -> chex.ArrayTree:
     """The tree in at least float32."""
-    return jax.tree.map(trees.wide, tree)
+    return leafwise.tree_map(trees.wide, tree)
 
 
 def zeros_like(tree: chex.ArrayTree) -> chex.ArrayTree:
     """Zeros in at least float32, placed like the tree's leaves."""
-    return jax.tree.map(_zeros_like, tree)
+    return leafwise.tree_map(_zeros_like, tree)
 
 
 def _zeros_like(x: chex.Array) -> chex.Array:
@@ -102,24 +102,26 @@ def empty_basis(like: chex.ArrayTree, count: int, dtype: Any | None = None) -> c
         zeros = zeros if dtype is None else zeros.astype(dtype)
         return jnp.broadcast_to(zeros[None], (count, *zeros.shape))
 
-    return jax.tree.map(one, like)
+    return leafwise.tree_map(one, like)
 
 
 def set_direction(basis: chex.ArrayTree, index: chex.Numeric, x: chex.ArrayTree) -> chex.ArrayTree:
     """The basis with row ``index`` replaced by ``x``."""
-    return jax.tree.map(
+    return leafwise.tree_map(
         lambda v, u: jax.lax.dynamic_update_index_in_dim(v, u.astype(v.dtype), index, 0), basis, x
     )
 
 
 def get_direction(basis: chex.ArrayTree, index: chex.Numeric) -> chex.ArrayTree:
     """Row ``index`` of the basis."""
-    return jax.tree.map(lambda v: jax.lax.dynamic_index_in_dim(v, index, 0, keepdims=False), basis)
+    return leafwise.tree_map(
+        lambda v: jax.lax.dynamic_index_in_dim(v, index, 0, keepdims=False), basis
+    )
 
 
 def append(basis: chex.ArrayTree, x: chex.ArrayTree) -> chex.ArrayTree:
     """A basis with one more row."""
-    return jax.tree.map(lambda v, u: jnp.concatenate([v, u[None].astype(v.dtype)]), basis, x)
+    return leafwise.tree_map(lambda v, u: jnp.concatenate([v, u[None].astype(v.dtype)]), basis, x)
 
 
 def rotate(matrix: chex.Array, basis: chex.ArrayTree) -> chex.ArrayTree:
@@ -139,7 +141,8 @@ def gram(left: chex.ArrayTree, right: chex.ArrayTree) -> chex.Array:
         return jnp.tensordot(u, v, axes=(axes, axes), precision=jax.lax.Precision.HIGHEST)
 
     products = [
-        x.astype(averages.scalar_dtype()) for x in jax.tree.leaves(jax.tree.map(one, left, right))
+        x.astype(averages.scalar_dtype())
+        for x in jax.tree.leaves(leafwise.tree_map(one, left, right))
     ]
     if not products:
         raise ValueError("basis has no leaves: the number of directions is not known")

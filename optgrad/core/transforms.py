@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks
+from optgrad.core import averages, checks, leafwise
 
 _Tree = TypeVar("_Tree")
 
@@ -46,7 +46,7 @@ def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
         is_float = jnp.issubdtype(jnp.result_type(x), jnp.floating)
         return jnp.asarray(x, jnp.result_type(y)) if is_float else x
 
-    return jax.tree.map(cast, tree, like)
+    return leafwise.tree_map(cast, tree, like)
 
 
 def strongly_typed(tree: _Tree) -> _Tree:

@@ -4,6 +4,7 @@ Everything is accumulated in at least float32 whatever the leaves' types. A *bas
 the parameters with a leading axis of d directions on every leaf; it is never raveled.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +14,21 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from optgrad.core import averages, shards
+from optgrad.core import averages, leafwise, shards
 
 
-def inner_products(*pairs: tuple[chex.ArrayTree, chex.ArrayTree]) -> tuple[chex.Array, ...]:
+def dots(*pairs: tuple[chex.ArrayTree, chex.ArrayTree]) -> tuple[chex.Array, ...]:
+    """The inner products ⟨x, y⟩ of several pairs of trees over the whole tree, scalars.
+
+    Examples:
+      >>> x = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
+      >>> print(*dots((x, x), (x, {"a": jnp.ones(2), "b": jnp.array(1.0)})))
+      14.0 6.0
+    """
+    return tuple(jnp.sum(inner_products(*pairs), axis=1))
+
+
+def inner_products(*pairs: tuple[chex.ArrayTree, chex.ArrayTree]) -> chex.Array:
     """The inner products ⟨x, y⟩ of several pairs of trees, leaf by leaf, in one pass over them.
 
     One reduction with several results, which XLA fuses with the products: nothing of a leaf's size
@@ -28,7 +40,7 @@ def inner_products(*pairs: tuple[chex.ArrayTree, chex.ArrayTree]) -> tuple[chex.
       *pairs: trees of the same structure and shapes.
 
     Returns:
-      For each pair an array of shape (leaves,); its sum is the inner product over the whole tree.
+      Shape (pairs, leaves); the sum of a row is the inner product over the whole tree.
 
     Examples:
       >>> x = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
@@ -36,16 +48,18 @@ def inner_products(*pairs: tuple[chex.ArrayTree, chex.ArrayTree]) -> tuple[chex.
       >>> print(xx, x1)
       [5. 9.] [3. 3.]
     """
-    products = [
-        jax.tree.leaves(jax.tree.map(lambda x, y: wide(x) * wide(y), *pair)) for pair in pairs
-    ]
-    leaves = [_sums(group) for group in zip(*products, strict=True)]
-    if not leaves:
-        return tuple(jnp.zeros((0,), averages.scalar_dtype()) for _ in pairs)
+
+    def sums(*leaves: chex.Array) -> tuple[chex.Array, ...]:
+        products = [wide(x) * wide(y) for x, y in zip(leaves[::2], leaves[1::2], strict=True)]
+        return tuple(x.reshape(1) for x in _sums(products))
+
+    columns = map_several(len(pairs), sums, *itertools.chain(*pairs))
+    parts = [x for column in columns for x in jax.tree.leaves(column)]
+    if not parts:
+        return jnp.zeros((len(pairs), 0), averages.scalar_dtype())
     if shards.are_summed():
-        rows = shards.added([jnp.stack(row) for row in leaves])
-        return tuple(jnp.stack(rows).T)
-    return tuple(jnp.stack(column) for column in zip(*leaves, strict=True))
+        parts = shards.added(parts)
+    return leafwise.kept_whole(jax.lax.concatenate(parts, 0)).reshape(len(pairs), -1)
 
 
 def _sums(arrays: Sequence[chex.Array]) -> tuple[chex.Array, ...]:
@@ -123,7 +137,9 @@ def in_turn(never: chex.Array, first: chex.ArrayTree, *rest: chex.ArrayTree) -> 
     ordered = [first]
     for tree in rest:
         ordered.append(
-            jax.tree.map(lambda x, y: jnp.where(never, y.astype(x.dtype), x), tree, ordered[-1])
+            leafwise.tree_map(
+                lambda x, y: jnp.where(never, y.astype(x.dtype), x), tree, ordered[-1]
+            )
         )
     return tuple(ordered)
 
@@ -139,7 +155,7 @@ def project(basis: chex.ArrayTree, x: chex.ArrayTree) -> chex.Array:
         product = wide(v) * wide(leaf)
         return jnp.sum(product, axis=tuple(range(1, v.ndim)), dtype=averages.scalar_dtype())
 
-    coordinates = jax.tree.leaves(jax.tree.map(one, basis, x))
+    coordinates = jax.tree.leaves(leafwise.tree_map(one, basis, x))
     if not coordinates:
         raise ValueError("basis has no leaves: the number of directions is not known")
     return shards.total(coordinates)
@@ -147,7 +163,7 @@ def project(basis: chex.ArrayTree, x: chex.ArrayTree) -> chex.Array:
 
 def combine(coordinates: chex.Array, basis: chex.ArrayTree) -> chex.ArrayTree:
     """The vector Σ yᵢ·vᵢ, a tree like the parameters, in at least float32."""
-    return jax.tree.map(
+    return leafwise.tree_map(
         lambda v: jnp.tensordot(
             coordinates.astype(averages.average_dtype(v)),
             wide(v),
@@ -236,5 +252,6 @@ def map_several(
     structure: Any = jax.tree.structure(tree)
     columns = [structure.flatten_up_to(other) for other in rest]
     leaves = jax.tree.leaves(tree)
+    function = leafwise.traced_once(function)
     rows = [function(*row) for row in zip(leaves, *columns, strict=True)]
     return tuple(structure.unflatten([row[i] for row in rows]) for i in range(count))

@@ -124,7 +124,7 @@ class _Products(NamedTuple):
         g, g0, d = gradient, state.gradient, state.direction
         y = linalg.axpy(-1.0, g0, g)
         pairs = ((g, g), (g, y), (g, g0), (g0, g0), (d, g), (d, y), (d, d))
-        return cls(*(jnp.sum(x) for x in trees.inner_products(*pairs)))
+        return cls(*trees.dots(*pairs))
 
     def beta(self, method: str) -> tuple[chex.Array, chex.Array]:
         """β, and whether its denominator is positive."""

@@ -3,11 +3,10 @@
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, transforms
+from optgrad.core import averages, leafwise, transforms
 from optgrad.dissecting_adam import variance_adaptation
 from optgrad.registry import Method, Tunable, register
 
@@ -38,7 +37,7 @@ def scale_by_m_ssd(
         del extra
         decay = transforms.hyperparameter_at(beta, state.count)
         momentum = averages.update_sum(state.momentum, updates, decay)
-        sign = jax.tree.map(jnp.sign, momentum)
+        sign = leafwise.tree_map(jnp.sign, momentum)
         state = ScaleByMSsdState(optax.safe_increment(state.count), momentum)
         return transforms.cast_like(sign, updates if params is None else params), state
 

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import transforms
+from optgrad.core import leafwise, transforms
 from optgrad.dissecting_adam import variance_adaptation
 from optgrad.registry import Method, Tunable, register
 
@@ -21,7 +20,7 @@ def scale_by_ssd() -> optax.GradientTransformationExtraArgs:
         **extra: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra
-        sign = jax.tree.map(jnp.sign, updates)
+        sign = leafwise.tree_map(jnp.sign, updates)
         return transforms.cast_like(sign, updates if params is None else params), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

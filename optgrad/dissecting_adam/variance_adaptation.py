@@ -15,7 +15,7 @@ import jax.scipy.special
 import numpy as np
 import optax
 
-from optgrad.core import averages, checks, oracles, transforms
+from optgrad.core import averages, checks, leafwise, oracles, transforms
 
 VARIANCES = ("moving_average", "unbiased")
 FACTORS = ("adam", "optimal")
@@ -156,7 +156,7 @@ def _directions(
         gradient, mean, variance = (leaf.astype(dtype) for leaf in leaves)
         return direction(gradient, mean, variance, multiplier)
 
-    return transforms.cast_like(jax.tree.map(one, *trees), like)
+    return transforms.cast_like(leafwise.tree_map(one, *trees), like)
 
 
 def from_moving_moments(

@@ -3,11 +3,10 @@
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, transforms
+from optgrad.core import averages, checks, leafwise, transforms
 from optgrad.online_regression import parabola
 from optgrad.registry import Method, Tunable, register
 
@@ -54,8 +53,8 @@ def scale_by_momentum_sgd_hybrid(
             wide = g.astype(averages.average_dtype(g))
             return wide + amount.astype(wide.dtype) * m.astype(wide.dtype)
 
-        means = jax.tree.map(mean, state.mean_gradient, updates)
-        directions = jax.tree.map(direction, updates, means)
+        means = leafwise.tree_map(mean, state.mean_gradient, updates)
+        directions = leafwise.tree_map(direction, updates, means)
         new = MomentumSGDHybridState(optax.safe_increment(state.count), means)
         return transforms.cast_like(directions, updates if params is None else params), new
 

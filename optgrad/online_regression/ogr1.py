@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, checks, transforms, trees
+from optgrad.core import averages, checks, leafwise, transforms, trees
 from optgrad.online_regression import parabola
 from optgrad.online_regression.parabola import Parabola
 
@@ -178,7 +178,7 @@ def mix_directions(mix: Mix, momentum: optax.Updates, direction: optax.Updates) 
         return jnp.where(b > 0, d, refreshed)
 
     spread = (trees.spread(x, momentum) for x in mix)
-    return jax.tree.map(one, momentum, direction, *spread)
+    return leafwise.tree_map(one, momentum, direction, *spread)
 
 
 def select_after(
@@ -190,7 +190,7 @@ def select_after(
     may overwrite ``old`` in place.
     """
     do = trees.spread(condition & ~jnp.isnan(measured), old)
-    return jax.tree.map(lambda x, y, c: jnp.where(c, x.astype(y.dtype), y), new, old, do)
+    return leafwise.tree_map(lambda x, y, c: jnp.where(c, x.astype(y.dtype), y), new, old, do)
 
 
 def update_momentum(
@@ -198,13 +198,12 @@ def update_momentum(
 ) -> optax.Updates:
     """The sum γv + g, after the new direction was computed from the old v."""
     new = averages.update_sum(momentum, gradient, gamma)
-    return jax.tree.map(trees.ordered_after, new, direction)
+    return leafwise.tree_map(trees.ordered_after, new, direction)
 
 
 def inner_products(per_tensor: bool, *pairs: tuple[optax.Updates, optax.Updates]) -> list[Any]:
     """⟨x, y⟩ of each pair, of shape (leaves,) with a direction for every tensor, else ()."""
-    of_leaves = trees.inner_products(*pairs)
-    return list(of_leaves) if per_tensor else [jnp.sum(x) for x in of_leaves]
+    return list(trees.inner_products(*pairs) if per_tensor else trees.dots(*pairs))
 
 
 def model_shape(params: optax.Params, per_tensor: bool) -> tuple[int, ...]:
@@ -249,7 +248,8 @@ def emit(
         modelled = c.astype(wide) * d - jnp.asarray(eta, wide) * g
         return jnp.where(warming_up, coefficient.astype(wide) * v, modelled)
 
-    return transforms.cast_like(jax.tree.map(one, *vectors, trees.spread(along, params)), params)
+    steps = leafwise.tree_map(one, *vectors, trees.spread(along, params))
+    return transforms.cast_like(steps, params)
 
 
 def model_diagnostics(model: Parabola, position: chex.Array, step: chex.Array) -> dict[str, Any]:
@@ -349,7 +349,7 @@ def turning_direction(
         turns = (t == m) | ((t >= first_turn) & ((t - first_turn) % stage_steps == 0))
         pairs = [(v, v), (v, old), (updates, v), (updates, old)]
         if measured:
-            pairs.append((jax.tree.map(_difference, params, state.origin), old))
+            pairs.append((leafwise.tree_map(_difference, params, state.origin), old))
         elif not centred:
             pairs += [(params, v), (params, old)]
         vv, vd, gv, gd, *positions = inner_products(per_tensor, *pairs)
@@ -370,6 +370,7 @@ def turning_direction(
         step = step_along(model, position, slope, at, rule)
         warming_up, coefficient = t < 2 * m, momentum_scale(t, at, rule)
         momentum_along = at.gamma * mix(vv, vd) + slope
+        mix, along = leafwise.computed_once((mix, step + at.eta * slope))
 
         # Second pass: direction, momentum, update, each in place.
         direction = mix_directions(mix, v, old)
@@ -379,13 +380,13 @@ def turning_direction(
             params,
             warming_up=warming_up,
             coefficient=coefficient,
-            along=step + at.eta * slope,
+            along=along,
             eta=at.eta,
         )
         origin = None
         if measured:
             origin = select_after(moved, turns, params, state.origin)
-            emitted = jax.tree.map(trees.ordered_after, emitted, origin)
+            emitted = leafwise.tree_map(trees.ordered_after, emitted, origin)
         return emitted, OneDirectionState(
             count=optax.safe_increment(t),
             momentum=momentum,

@@ -3,11 +3,10 @@
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, transforms, trees
+from optgrad.core import averages, checks, leafwise, transforms, trees
 from optgrad.online_regression import ogr1, parabola
 from optgrad.online_regression.parabola import Parabola
 from optgrad.registry import Method, Tunable, register
@@ -181,18 +180,19 @@ def ogr1ds(
         next_model = _select(t >= m, sampled, next_model)
         step = ogr1.step_along(model, position, slope, at, rule)
         warming_up, coefficient = t < 2 * m, ogr1.momentum_scale(t, at, rule)
+        mix, along = leafwise.computed_once((mix, step + at.eta * slope))
 
         # Second pass: directions, momentum, update.
         direction = ogr1.select_after(xw, switches, old, used)
         next_direction = ogr1.mix_directions(mix, v, old)
-        next_direction = jax.tree.map(trees.ordered_after, next_direction, direction)
+        next_direction = leafwise.tree_map(trees.ordered_after, next_direction, direction)
         momentum = ogr1.update_momentum(v, updates, at.gamma, next_direction)
         emitted = ogr1.emit(
             (momentum, direction, updates),
             params,
             warming_up=warming_up,
             coefficient=coefficient,
-            along=step + at.eta * slope,
+            along=along,
             eta=at.eta,
         )
         return emitted, TwoDirectionsState(

@@ -4,11 +4,10 @@ import functools
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, transforms, trees
+from optgrad.core import averages, checks, leafwise, transforms, trees
 from optgrad.online_regression import parabola, subspace, subspace_model
 from optgrad.online_regression.adaptive_sgd import AdaptiveSGDState, adaptive_sgd
 from optgrad.online_regression.ogr_diagonal import OGRDiagonalState, ogr_diagonal
@@ -223,7 +222,7 @@ def ogr_diagonal_subspace(
             found, change = follow(basis)
             model = subspace_model.transport_model(model, subspace.transport(change))
             basis, (correction,) = subspace.move(basis, updates, found, change, w)
-        steps = jax.tree.map(lambda u, x: trees.wide(u) + x, plain, correction)
+        steps = leafwise.tree_map(lambda u, x: trees.wide(u) + x, plain, correction)
         new = OGRDiagonalSubspaceState(
             diagonal=moved,
             basis=basis,

@@ -4,11 +4,10 @@ import functools
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, transforms, trees
+from optgrad.core import averages, checks, leafwise, transforms, trees
 from optgrad.online_regression import parabola, subspace, subspace_model
 from optgrad.registry import Method, Tunable, register
 
@@ -305,9 +304,9 @@ def _update(
                 model, subspace.matmul(transport, jnp.append(y, left))
             )
         basis, (modelled,) = subspace.move(basis, updates, found, change, w)
-    steps = jax.tree.map(lambda x, direction: x - at.eta * trees.wide(direction), modelled, h)
+    steps = leafwise.tree_map(lambda x, direction: x - at.eta * trees.wide(direction), modelled, h)
     if where.previous is not None:
-        steps = jax.tree.map(trees.ordered_after, steps, where.previous)
+        steps = leafwise.tree_map(trees.ordered_after, steps, where.previous)
     steps = subspace.after(steps, basis)
     new = OGRSubspaceState(
         count=count,

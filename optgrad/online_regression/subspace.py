@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, linalg, shards, trees
+from optgrad.core import averages, leafwise, linalg, shards, trees
 
 BASES = ("pca", "push")
 _ORTHONORMALIZE_EVERY = 20  # steps
@@ -103,7 +103,7 @@ def random_basis(params: optax.Params, d: int, dtype: Any | None = None, seed: i
 
 def dot(x: chex.ArrayTree, y: chex.ArrayTree) -> chex.Array:
     """Inner product over the whole tree, shape ()."""
-    return jnp.sum(trees.inner_products((x, y))[0])
+    return trees.dots((x, y))[0]
 
 
 def coordinates(basis: Basis, x: chex.ArrayTree) -> chex.Array:
@@ -126,7 +126,7 @@ def combine(weights: chex.Array, basis: Basis) -> optax.Params:
     def one(rows: chex.Array) -> chex.Array:
         return jnp.tensordot(weights.astype(rows.dtype), rows, axes=1, precision=_EXACT)
 
-    return jax.tree.map(one, basis.rows)
+    return leafwise.tree_map(one, basis.rows)
 
 
 def residual(
@@ -141,10 +141,10 @@ def residual(
       square: ‖g‖².
     """
     first = row_coordinates(basis, inside)
-    rest = jax.tree.map(lambda g, x: trees.wide(g) - x[0], grads, combine(first[None], basis))
+    rest = leafwise.tree_map(lambda g, x: trees.wide(g) - x[0], grads, combine(first[None], basis))
     # One reduction for all: what is stored in between is one leaf at a time.
-    rows = [jax.tree.map(lambda x, i=i: x[i], basis.rows) for i in range(first.shape[0])]
-    dots = [jnp.sum(x) for x in trees.inner_products(*((row, rest) for row in rows), (rest, rest))]
+    rows = [leafwise.tree_map(lambda x, i=i: x[i], basis.rows) for i in range(first.shape[0])]
+    dots = trees.dots(*((row, rest) for row in rows), (rest, rest))
     again = matmul(basis.rotation, jnp.stack(dots[:-1]))
     left = jnp.maximum(dots[-1] - jnp.sum(again * again), 0.0)
     significant = left > (1e3 * np.finfo(np.float32).eps) ** 2 * square
@@ -283,7 +283,7 @@ def apply_change(
         amounts = update.amounts.astype(rows.dtype).reshape(-1, *[1] * g.ndim)
         return rows - amounts * vector[None]
 
-    rows = jax.tree.map(one, basis.rows, grads, along_rows)
+    rows = leafwise.tree_map(one, basis.rows, grads, along_rows)
     rotation = matmul(change.mixing, basis.rotation)
     return Basis(rows, rotation, change.energy, change.filled)
 
@@ -302,18 +302,18 @@ def move(
 
 def combine_one(weights: chex.Array, basis: Basis) -> optax.Params:
     """Σ wᵢSᵢ, a tree like the parameters."""
-    return jax.tree.map(lambda x: x[0], combine(weights[None], basis))
+    return leafwise.tree_map(lambda x: x[0], combine(weights[None], basis))
 
 
 def _each(tree: optax.Params) -> list[optax.Params]:
     """The slices of a tree along its leading axis."""
     leaves = jax.tree.leaves(tree)
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(leaves[0].shape[0])]
+    return [leafwise.tree_map(lambda x, i=i: x[i], tree) for i in range(leaves[0].shape[0])]
 
 
 def after(steps: optax.Updates, basis: Basis) -> optax.Updates:
     """``steps``, ordered after the rows: what is stored in between is one leaf at a time."""
-    return jax.tree.map(lambda x, rows: trees.ordered_after(x, rows[0]), steps, basis.rows)
+    return leafwise.tree_map(lambda x, rows: trees.ordered_after(x, rows[0]), steps, basis.rows)
 
 
 def rotate(basis: Basis, rotation: chex.Array) -> Basis:

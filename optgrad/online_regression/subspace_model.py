@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, trees
+from optgrad.core import averages, leafwise, trees
 from optgrad.online_regression import parabola, subspace
 
 STEPS = ("regression", "momentum", "last_point")
@@ -247,7 +247,7 @@ def displacement(basis: subspace.Basis, position: Position, params: optax.Params
     """V(θ − θ_previous), shape (d,); 0 where the model was moved along with the last update."""
     if position.previous is None:
         return jnp.zeros(basis.rotation.shape[0], basis.rotation.dtype)
-    moved = jax.tree.map(lambda p, q: trees.wide(p) - q, params, position.previous)
+    moved = leafwise.tree_map(lambda p, q: trees.wide(p) - q, params, position.previous)
     return subspace.coordinates(basis, moved)
 
 
@@ -266,7 +266,7 @@ def next_position(position: Position, params: optax.Params, moved: chex.Array) -
     # may overwrite in place what was measured.
     valid = ~jnp.isnan(jnp.sum(moved))
     keep = lambda p, q: jnp.where(valid, p.astype(q.dtype), q)  # noqa: E731
-    return position._replace(previous=jax.tree.map(keep, params, position.previous))
+    return position._replace(previous=leafwise.tree_map(keep, params, position.previous))
 
 
 def sample_with_means(
@@ -289,7 +289,7 @@ def sample_with_means(
       weights: of the new sample.
       notebook: see `sample_deviations`.
     """
-    apart = jax.tree.map(lambda p, m: trees.wide(p) - m, point[0], means[0])
+    apart = leafwise.tree_map(lambda p, m: trees.wide(p) - m, point[0], means[0])
     inside = subspace.coordinates(basis, point[1])
     deviations = (
         subspace.coordinates(basis, apart),

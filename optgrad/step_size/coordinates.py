@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import diagnostics, trees
+from optgrad.core import diagnostics, leafwise, trees
 
 
 def curvature(
@@ -29,10 +29,10 @@ def curvature(
     """
     if curvature_diagonal is not None:
         check_like("curvature_diagonal", curvature_diagonal, gradient)
-        return jax.tree.map(trees.wide, curvature_diagonal)
+        return leafwise.tree_map(trees.wide, curvature_diagonal)
     if features is not None:
         check_like("features", features, gradient)
-        return jax.tree.map(lambda x: jnp.square(trees.wide(x)), features)
+        return leafwise.tree_map(lambda x: jnp.square(trees.wide(x)), features)
     raise ValueError(
         f"update needs the extra argument {accepted}, got none; accepted: a tree like the "
         "gradient (optgrad.gauss_newton_diagonal computes curvature_diagonal)"

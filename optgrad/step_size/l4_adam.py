@@ -3,11 +3,10 @@
 from typing import Any
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, transforms, trees
+from optgrad.core import averages, checks, leafwise, transforms, trees
 from optgrad.registry import Method, Tunable, register
 from optgrad.step_size import linearized_loss as ll
 from optgrad.step_size import loss_based
@@ -107,10 +106,10 @@ def l4_adam(
         weights = averages.sample_weights(optax.safe_increment(state.count), decay)
 
         def vector(mean: optax.Updates, squares: optax.Updates) -> optax.Updates:
-            return jax.tree.map(lambda m, v: _ratio(m, v, added), mean, squares)
+            return leafwise.tree_map(lambda m, v: _ratio(m, v, added), mean, squares)
 
         def mean_squares(gradient: optax.Updates) -> optax.Updates:
-            squares = jax.tree.map(lambda g: jnp.square(trees.wide(g)), gradient)
+            squares = leafwise.tree_map(lambda g: jnp.square(trees.wide(g)), gradient)
             return averages.update_mean(state.direction, squares, weights)
 
         return ll.Direction(mean_squares, vector)

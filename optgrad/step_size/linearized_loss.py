@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, linalg, transforms, trees
+from optgrad.core import averages, checks, leafwise, linalg, transforms, trees
 from optgrad.step_size import loss_based
 
 
@@ -146,14 +145,11 @@ def along(
 
         mean, inner = after(updates)
         # Both inner products in one pass, as if the step were taken: else the second is of no use.
-        square, slope = (
-            jnp.sum(x)
-            for x in trees.inner_products((updates, updates), (mean, towards.vector(mean, inner)))
-        )
+        square, slope = trees.dots((updates, updates), (mean, towards.vector(mean, inner)))
         taken = jnp.isfinite(value) & jnp.isfinite(square)
         slope = jnp.where(jnp.isfinite(slope), slope, 0.0)
         one = trees.ordered_after(jnp.ones_like(value), slope)
-        again = jax.tree.map(lambda g: one.astype(g.dtype) * g, updates)
+        again = leafwise.tree_map(lambda g: one.astype(g.dtype) * g, updates)
         mean, inner = linalg.where(taken, after(again), (state.mean_gradient, state.direction))
         step, min_loss = rule.step_size(value, slope, state)
         like = updates if params is None else params

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, linalg, transforms, trees
+from optgrad.core import averages, leafwise, linalg, transforms, trees
 
 POLYAK = 'B. T. Polyak, "Introduction to Optimization", 1987'
 SPS = (
@@ -86,13 +85,14 @@ def descend(
     direction: chex.ArrayTree, step: chex.Array, taken: chex.Array, like: chex.ArrayTree
 ) -> chex.ArrayTree:
     """−step·direction where the step is taken, else 0, in the types of ``like``."""
-    moves = taken & (step != 0)  # 0 times what has overflowed is no number
+    # 0 times what has overflowed is no number: where nothing moves the factor is not used.
+    factor = leafwise.computed_once(jnp.where(taken, -step, 0.0))
 
     def move(x: chex.Array) -> chex.Array:
         x = trees.wide(x)
-        return jnp.where(moves, -step.astype(x.dtype) * x, 0.0)
+        return jnp.where(factor != 0, factor.astype(x.dtype) * x, 0.0)
 
-    return transforms.cast_like(jax.tree.map(move, direction), like)
+    return transforms.cast_like(leafwise.tree_map(move, direction), like)
 
 
 def kept_unless(taken: chex.Array, new: Any, old: Any) -> Any:

@@ -4,11 +4,10 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, linalg, transforms, trees
+from optgrad.core import averages, checks, leafwise, linalg, transforms, trees
 from optgrad.registry import Method, Tunable, register
 from optgrad.step_size import loss_based
 
@@ -228,6 +227,7 @@ def _judged_now(
     factor, h = rule.limited(state.factor, state.count)
     moved = loss_based.descend(updates, h, is_finite, params)
     after = transforms.require_value(value_fn(optax.apply_updates(params, moved)))
+    after = leafwise.computed_once(after)  # and not with every leaf
     accepted, factor = rule.judge(after - value, h, size, state._replace(factor=factor))
     new = state._replace(
         count=optax.safe_increment(state.count),
@@ -237,7 +237,7 @@ def _judged_now(
         value=value,
         squared_norm=size,
     )
-    moved = jax.tree.map(lambda u: jnp.where(accepted, u, 0), moved)
+    moved = leafwise.tree_map(lambda u: jnp.where(accepted, u, 0), moved)
     return moved, loss_based.kept_unless(is_finite, new, state)
 
 
@@ -273,7 +273,7 @@ def _judged_later(
         return moved, loss_based.kept_unless(is_finite, new, state)
     # Back by the rejected step, and forth by the next one, both along the old gradient.
     taken = is_finite | ~is_first
-    wide = jax.tree.map(trees.wide, updates)
+    wide = leafwise.tree_map(trees.wide, updates)
     gradient = linalg.where(accepted & taken, wide, state.gradient)
     length = jnp.where(accepted, h, h - state.step_size)
     moved = loss_based.descend(gradient, length, taken, like)

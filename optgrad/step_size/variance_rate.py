@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, checks, oracles, transforms, trees
+from optgrad.core import averages, checks, leafwise, oracles, transforms, trees
 from optgrad.step_size import coordinates
 
 REFERENCE = 'T. Schaul, S. Zhang, Y. LeCun, "No more pesky learning rates", 2013'
@@ -120,7 +120,7 @@ def variance_within(
         return None, 1
     coordinates.check_like("per_example_grads", per_example_grads, gradient, batched=True)
     size = oracles.batch_size(per_example_grads, "per_example_grads")
-    return jax.tree.map(lambda g: jnp.var(trees.wide(g), axis=0), per_example_grads), size
+    return leafwise.tree_map(lambda g: jnp.var(trees.wide(g), axis=0), per_example_grads), size
 
 
 def advance(

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
+from optgrad.core import leafwise
 from optgrad.registry import Method, Tunable, register
 from optgrad.step_size import coordinates, variance_rate
 from optgrad.step_size.variance_rate import Sample, Settings, VSGDState
@@ -110,7 +110,7 @@ def vsgd(
         del extra
         curvature = coordinates.curvature(updates, curvature_diagonal)
         within, examples = variance_rate.variance_within(per_example_grads, updates)
-        sample = Sample(updates, jax.tree.map(jnp.abs, curvature), within, examples)
+        sample = Sample(updates, leafwise.tree_map(jnp.abs, curvature), within, examples)
         return variance_rate.advance(sample, state, params, settings)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import checks, transforms, trees
+from optgrad.core import checks, leafwise, transforms, trees
 from optgrad.registry import Method, Tunable, register
 from optgrad.step_size import coordinates, variance_rate
 from optgrad.step_size.variance_rate import Sample, Settings, VSGDState
@@ -124,7 +124,7 @@ def vsgd_fd(
         within, examples = variance_rate.variance_within(per_example_grads, updates)
         floor = transforms.hyperparameter_at(probe_floor, state.count)
         is_warmup = state.count < warmup_steps
-        moves = jax.tree.map(
+        moves = leafwise.tree_map(
             lambda g, m, p: _probe(jnp.where(is_warmup, g.astype(m.dtype), m), p, floor),
             gradient,
             state.mean_gradient,
@@ -132,7 +132,7 @@ def vsgd_fd(
         )
         probed = transforms.cast_like(optax.apply_updates(params, moves), params)
         second = jax.grad(value_fn)(probed)
-        curvature = jax.tree.map(_quotient, second, gradient, moves, state.mean_curvature)
+        curvature = leafwise.tree_map(_quotient, second, gradient, moves, state.mean_curvature)
         return variance_rate.advance(
             Sample(updates, curvature, within, examples), state, params, settings
         )

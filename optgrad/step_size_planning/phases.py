@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, transforms, trees
+from optgrad.core import averages, leafwise, transforms, trees
 from optgrad.step_size_planning import windows
 from optgrad.step_size_planning.options import Options
 
@@ -165,12 +165,12 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
             step = -jnp.asarray(rate, averages.average_dtype(theta)) * d
             return step.astype(theta.dtype)
 
-        steps = taken_for_granted = jax.tree.map(ordinary, params, direction)
+        steps = taken_for_granted = leafwise.tree_map(ordinary, params, direction)
 
         # Where will it lead, if that is taken for granted?
         ends_at_once = jnp.asarray(False)
         if not options.read_back:
-            after = jax.tree.map(_applied, params, steps)
+            after = leafwise.tree_map(_applied, params, steps)
             s, entry, plans = record(after, updates, online)
             if options.gradient == "reuse":
                 ends_at_once = plans
@@ -192,14 +192,14 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
             return u
 
         saved = [s.saved] if options.verify else []
-        steps = jax.tree.map(chosen, params, steps, updates, s.step_sizes, *saved)
+        steps = leafwise.tree_map(chosen, params, steps, updates, s.step_sizes, *saved)
 
         def moved() -> optax.Updates:
             def one(p: chex.Array, u: chex.Array, recorded: chex.Array) -> chex.Array:
                 start = jnp.where(ends_at_once, _applied(p, recorded), p)
                 return _applied(p, u) - start
 
-            return jax.tree.map(one, params, steps, taken_for_granted)
+            return leafwise.tree_map(one, params, steps, taken_for_granted)
 
         in_episode = projects | corrects | ends_at_once
         s = s._replace(window=windows.follow(s.window, moved, in_episode))
@@ -294,7 +294,7 @@ def _in_place(
         if name in held:
             _, written = trees.in_turn(never, last, getattr(entry, name.removesuffix("s")))
             new[name] = windows.write(held[name], written, entry.slot, entry.when)
-            last = jax.tree.map(lambda ring: ring[0], new[name])  # whichever slot
+            last = leafwise.tree_map(lambda ring: ring[0], new[name])  # whichever slot
     s = s._replace(window=s.window._replace(**new))
     if s.pending_gradient is not None:
         pending = transforms.cast_like(gradient, s.pending_gradient)
@@ -316,8 +316,8 @@ def _metric(
             )
         return value.astype(dtype)
     if verify == "gradient_norm":
-        (squares,) = trees.inner_products((gradient, gradient))
-        return jnp.sqrt(jnp.sum(squares)).astype(dtype)
+        (square,) = trees.dots((gradient, gradient))
+        return jnp.sqrt(square).astype(dtype)
     return None
 
 
@@ -369,4 +369,4 @@ def _computed_once(tree: chex.ArrayTree) -> chex.ArrayTree:
 
 
 def _where(when: chex.Array, new: chex.ArrayTree, old: chex.ArrayTree) -> chex.ArrayTree:
-    return jax.tree.map(lambda x, y: jnp.where(when, x.astype(y.dtype), y), new, old)
+    return leafwise.tree_map(lambda x, y: jnp.where(when, x.astype(y.dtype), y), new, old)

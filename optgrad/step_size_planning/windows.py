@@ -22,7 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optgrad.core import averages, linalg, trees
+from optgrad.core import averages, leafwise, linalg, trees
 
 LAYOUTS = ("pairs", "reference", "gradients")
 # Each vector's new value needs old values of itself and of those after it only.
@@ -50,7 +50,7 @@ class Pairs(NamedTuple):
         """Sums begin at zero."""
         del params, rate
         zero = [
-            jax.tree.map(lambda x: _select(when, 0.0, x), sums)
+            leafwise.tree_map(lambda x: _select(when, 0.0, x), sums)
             for sums in (self.numerator, self.denominator)
         ]
         return self._replace(numerator=zero[0], denominator=zero[1])
@@ -273,7 +273,7 @@ def plan(
         is_known = has_gradient & ~(jnp.abs(numerator) <= floor(denominator, w))
         return _select(when, jnp.where(is_known, ratio, 0.0), numerator)
 
-    step_sizes = jax.tree.map(one, window.numerator, window.denominator, position)
+    step_sizes = leafwise.tree_map(one, window.numerator, window.denominator, position)
     return window._replace(numerator=step_sizes)
 
 
@@ -287,7 +287,7 @@ def follow(window: Window, moved: Callable[[], chex.ArrayTree], when: chex.Array
     """
     if not isinstance(window, Gradients):
         return window
-    excursion = jax.tree.map(
+    excursion = leafwise.tree_map(
         lambda e, x: _select(when, e - x.astype(e.dtype), e), window.excursion, moved()
     )
     return window._replace(excursion=excursion)
@@ -300,7 +300,7 @@ def write(ring: chex.ArrayTree, entry: chex.ArrayTree, slot: chex.Array, when: c
         kept = _select(when, entry, _at(ring, slot))
         return jax.lax.dynamic_update_index_in_dim(ring, kept, slot, 0)
 
-    return jax.tree.map(one, ring, entry)
+    return leafwise.tree_map(one, ring, entry)
 
 
 def _select(when: chex.Array, new: Any, old: chex.Array) -> chex.Array:

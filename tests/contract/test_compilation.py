@@ -1,17 +1,14 @@
 """One compilation, donated buffers, and a step that costs its memory traffic and no more."""
 
-import math
-import re
-import time
+import functools
 import warnings
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 
 import optgrad
+from optgrad.experiments.bench import programs, trees
 
 from . import problem
 
@@ -48,10 +45,6 @@ def test_donated_buffers(method):
     problem.assert_close(actual, problem.standard_run(method)[:2])
 
 
-def nbytes(tree):
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def test_state_size(method):
     """The state holds the record's number of vectors, and beyond them no more than scalars."""
     required = {
@@ -64,7 +57,7 @@ def test_state_size(method):
     def sizes(width):
         shapes = {"b": (width,), "w": (3, width)}
         params = {key: jax.ShapeDtypeStruct(s, jnp.float32) for key, s in shapes.items()}
-        return nbytes(params), nbytes(jax.eval_shape(optimizer.init, params))
+        return programs.nbytes(params), programs.nbytes(jax.eval_shape(optimizer.init, params))
 
     def vectors(params_bytes):
         """Bytes of the state's vectors, for float32 parameters."""
@@ -76,77 +69,50 @@ def test_state_size(method):
     assert 0 <= small_state - vectors(small) <= SMALL_STATE
 
 
-def copies(hlo, size):
-    """How many arrays of at least that size are copied; scalars cost nothing."""
-    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", hlo)
-    return sum(math.prod(int(n) for n in shape.split(",") if n) >= size for shape in shapes)
+def step_program(method, leaves, size, rounding=None):
+    """A donated step on so many leaves; extra trees are built outside of it."""
+    params = trees.parameters(trees.equal_leaves(leaves, size))
+    program = programs.StepProgram(method, params, problem.hyperparams(method), rounding)
+    if "kfac_stats" in method.needs - program.extras.keys():
+        program.extras["kfac_stats"] = {}  # no layers: every parameter is left to the fallback
+    return program
 
 
-def compiled_for_memory(lowered):
-    """The program scheduled for little memory, as on accelerators.
-
-    XLA's default on CPU is to start whatever can be started, with as many temporaries alive. The
-    code generator is the default one, which is faster for many fusions (see tests/conftest.py).
-    """
-    scheduler = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    emitters = {"xla_cpu_use_fusion_emitters": True}
-    older = {"xla_cpu_enable_concurrency_optimized_scheduler": False}  # the same, before jax 0.8
-    for options in ({**scheduler, **emitters}, scheduler, {**older, **emitters}, older):
-        try:
-            return lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError:  # versions of XLA that have no such option
-            continue
-    return lowered.compile()
+@functools.cache
+def adam_seconds(leaves, size):
+    """How long Adam's step takes to compile, the second time."""
+    program = step_program(optgrad.get_method("adam"), leaves, size)
+    programs.compiled_with_counts(program, saving_memory=True)
+    return programs.compiled_with_counts(program, saving_memory=True)[1].seconds
 
 
-def efficiency(method, leaves=100):
-    """What XLA makes of a donated step on many leaves; extra trees are built outside of it."""
-    optimizer = problem.create(method)
-    has_loops = any(map(problem.is_function, method.needs))
-    leaves = 10 if has_loops else leaves  # line searches compile for too long
+def efficiency(method, leaves=100, rounding=None):
+    """What XLA makes of a step on many leaves, with a state rounded to 16 bits if so."""
+    leaves = 10 if is_given_functions(method) else leaves  # line searches compile for too long
     leaves, size = (4, 20) if method.is_dense else (leaves, LEAF_SIZE)
-    leaf = np.linspace(-1.0, 1.0, size, dtype=np.float32)
-    params = {f"leaf_{i:03d}": jnp.asarray(leaf) for i in range(leaves)}
-    single = problem.quadratic(params, steps=1)
-    batch = single.batch(0)
-    grad, extras = problem.arrays(method, single.loss_fn, params, batch)
+    program = step_program(method, leaves, size, rounding)
+    counts = programs.compiled_with_counts(program, saving_memory=True)[1]
+    row = {"method": method.name, "leaves": leaves, **counts._asdict()}
+    seconds = row.pop("seconds")
+    ratio = seconds / adam_seconds(leaves, size)
+    return row | {"compile_s": round(seconds, 2), "compile_ratio": round(ratio, 1)}
 
-    def step(params, state, grad, extras):
-        functions = problem.functions(method, single.loss_fn, params, batch)
-        updates, state = optimizer.update(grad, state, params, **extras, **functions)
-        return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(params)
-    start = time.perf_counter()
-    compiled = compiled_for_memory(
-        jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grad, extras)
-    )
-    seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    return {
-        "method": method.name,
-        "leaves": leaves,
-        "copies": copies(compiled.as_text(), size),
-        "temp_bytes": memory.temp_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
-        "param_bytes": nbytes(params),
-        "state_bytes": nbytes(state),
-        "fusions": len(re.findall(r"= \S+ fusion\(", compiled.as_text())),
-        "compile_s": round(seconds, 2),
-    }
+def is_given_functions(method):
+    return any(map(problem.is_function, method.needs))
 
 
 def test_efficiency(method, record_property):
     """No copies, no temporaries, all memory reused; recorded and not required of baselines.
 
-    A copy of less than one leaf (of a scalar, of a matrix over a few directions) counts as none,
+    A copy of few numbers (of a scalar, of a matrix over a few directions) counts as none,
     and temporaries are measured against parameters and state. A dense method factorises matrices
     over all parameters, which takes copies and workspace of their size: only the reuse of its
-    memory is required.
+    memory is required. How long it takes to compile is recorded, beside Adam's.
     """
     row = efficiency(method)
     record_property("efficiency", row)
-    if method.family == "baselines" or any(map(problem.is_function, method.needs)):
+    if method.family == "baselines" or is_given_functions(method):
         return
     if not method.is_dense:
         assert row["copies"] == 0
@@ -155,3 +121,23 @@ def test_efficiency(method, record_property):
         assert row["temp_bytes"] < allowed + 0.012 * (row["param_bytes"] + row["state_bytes"])
     # All that grows with the parameters; what is small and only written has no buffer to reuse.
     assert row["alias_bytes"] >= row["param_bytes"] + row["state_bytes"] - 1024
+
+
+@pytest.mark.methods_where(
+    predicate=lambda method: method.family != "baselines" and not method.is_dense
+)
+def test_program_size(method):
+    """Twice the leaves are at most twice the instructions, however many leaves there are.
+
+    Where scalars that come from all leaves are computed again with each of them, the number of
+    instructions grows with the square of the number of leaves.
+    """
+    few, more, many = (instructions(method, leaves) for leaves in (6, 12, 24))
+    assert many - more <= 1.05 * 2 * (more - few)
+
+
+def instructions(method, leaves):
+    """Of the optimized program; LLVM, which does not change their number, is told not to try."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    lowered = step_program(method, leaves, 16).lower()
+    return programs.instructions(lowered.compile(compiler_options=options).as_text())

@@ -141,7 +141,7 @@ def compiled_with_counts(
         param_bytes=nbytes(program.params),
         state_bytes=nbytes(program.state),
         fusions=len(re.findall(r"= \S+ fusion\(", hlo)),
-        instructions=len(re.findall(r"^ .* = ", hlo, re.MULTILINE)),
+        instructions=instructions(hlo),
         seconds=seconds,
     )
 
@@ -172,6 +172,16 @@ def copies(hlo: str, size: int) -> int:
     """
     shapes = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", hlo)
     return sum(math.prod(int(n) for n in shape.split(",") if n) >= size for shape in shapes)
+
+
+def instructions(hlo: str) -> int:
+    r"""How many instructions a program has, those within fusions and loops included.
+
+    Examples:
+      >>> instructions("ENTRY e {\n  x = f32[] parameter(0)\n  ROOT y = f32[] negate(x)\n}")
+      2
+    """
+    return len(re.findall(r"^ .* = ", hlo, re.MULTILINE))
 
 
 def nbytes(tree: Any) -> int:

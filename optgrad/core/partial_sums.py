@@ -59,7 +59,7 @@ def _of_equation(eqn: Any, given: list[int]) -> list[int]:
     if name == "while":
         return _of_while(params, given)
     if name == "scan":
-        return _of_scan(params, given)
+        return _of_scan(eqn, given)
     inner = [x for x in map(_jaxpr_in, params.values()) if x is not None]
     if inner and len(inner[0].invars) == len(given):  # a call
         return _of_jaxpr(inner[0], given)
@@ -84,10 +84,19 @@ def _of_while(params: Any, given: list[int]) -> list[int]:
     return [max(one, decides) for one in carry]
 
 
-def _of_scan(params: Any, given: list[int]) -> list[int]:
-    split = params["num_consts"]
-    ends = split + params["num_carry"]
-    return _settled(params["jaxpr"].jaxpr, given[:split], given[split:ends], given[ends:])
+def _of_scan(eqn: Any, given: list[int]) -> list[int]:
+    """Constants, carry and rows are told apart by their shapes: rows have an axis more outside.
+
+    How the equation says it otherwise depends on the version of jax.
+    """
+    body = _jaxpr_in(eqn.params["jaxpr"])
+    ends = sum(map(_same_rank, eqn.invars, body.invars))
+    split = ends - sum(map(_same_rank, eqn.outvars, body.outvars))
+    return _settled(body, given[:split], given[split:ends], given[ends:])
+
+
+def _same_rank(outside: Any, inside: Any) -> bool:
+    return len(getattr(outside.aval, "shape", ())) == len(getattr(inside.aval, "shape", ()))
 
 
 def _settled(body: Any, consts: list[int], carry: list[int], rest: list[int]) -> list[int]:

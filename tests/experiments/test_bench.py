@@ -55,6 +55,7 @@ def _resnet(images):
     return networks.ResNet18(rngs=nnx.Rngs(0))(images)
 
 
+@pytest.mark.slow
 def test_the_networks_compute():
     small = networks.Transformer(16, 8, 8, 1, 2, rngs=nnx.Rngs(0))
     tokens = jnp.arange(8)[None]
@@ -242,6 +243,7 @@ def test_what_is_refused(monkeypatch, arguments, expected):
     assert expected in result.output
 
 
+@pytest.mark.slow
 def test_the_sweep_of_the_digits_network(monkeypatch):
     result = invoke(
         monkeypatch, "sweep", "adam", "--runs", 1, "--runs", 2, "--steps", 2, "--rounds", 1

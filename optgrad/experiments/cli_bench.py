@@ -43,7 +43,6 @@ def step(  # noqa: PLR0917  typer reads the options from the signature
     overwrite: Overwrite = False,
 ) -> None:
     """Time a step of each method beside optax.adam and the bytes that it must move."""
-    from optgrad.experiments.bench import output as output_lib  # noqa: PLC0415
     from optgrad.experiments.bench import step as lib  # noqa: PLC0415
     from optgrad.experiments.bench import trees  # noqa: PLC0415
 
@@ -63,9 +62,7 @@ def step(  # noqa: PLR0917  typer reads the options from the signature
             if state_dtype != "default":
                 title += f", state {state_dtype}"
             rows = lib.costs(chosen, setting, with_peers=peers, on_note=notes.append)
-            records = _watched(title, rows)
-            cells = [lib.cells(row) for row in records]
-            tables.append(output_lib.Table(title, lib.HEADER, cells, records, lib.SHOWN))
+            tables.append(_table(title, lib, rows))
         asked = {
             "methods": [m.name for m in chosen], "tree": named, "param_dtype": param_dtype,
             "state_dtype": state_dtype, "rounds": rounds, "peers": peers,
@@ -85,7 +82,6 @@ def compile_(
 ) -> None:
     """Time the compilation of a step, and count copies, temporaries and instructions."""
     from optgrad.experiments.bench import compilation as lib  # noqa: PLC0415
-    from optgrad.experiments.bench import output as output_lib  # noqa: PLC0415
 
     with terminal.refusals():
         chosen, counts = _methods(methods), leaves or [100, 400]
@@ -95,9 +91,7 @@ def compile_(
         for count in counts:
             title = f"{count} leaves of {lib.LEAF}"
             rows = lib.costs(chosen, count, saving_memory=saving_memory, on_note=notes.append)
-            records = _watched(title, rows)
-            cells = [lib.cells(row) for row in records]
-            tables.append(output_lib.Table(title, lib.HEADER, cells, records, lib.SHOWN))
+            tables.append(_table(title, lib, rows))
         asked = {
             "methods": [m.name for m in chosen], "leaves": counts, "saving_memory": saving_memory,
         }  # fmt: skip
@@ -119,7 +113,6 @@ def sweep(  # noqa: PLR0917  typer reads the options from the signature
 ) -> None:
     """Time runs that go together in one program beside the same runs one after the other."""
     from optgrad.experiments import data, problems  # noqa: PLC0415
-    from optgrad.experiments.bench import output as output_lib  # noqa: PLC0415
     from optgrad.experiments.bench import sweep as lib  # noqa: PLC0415
 
     with terminal.refusals():
@@ -129,9 +122,8 @@ def sweep(  # noqa: PLR0917  typer reads the options from the signature
             data.load(dataset, data_dir), model, batch_size=batch_size
         )
         title = f"{method}, {model} on {dataset}, batches of {batch_size}"
-        records = _watched(title, lib.costs(problem, record, widths, steps=steps, rounds=rounds))
-        cells = [lib.cells(row) for row in records]
-        table = output_lib.Table(title, lib.HEADER, cells, records, lib.SHOWN)
+        rows = lib.costs(problem, record, widths, steps=steps, rounds=rounds)
+        table = _table(title, lib, rows)
         asked = {
             "method": method, "dataset": dataset, "model": model, "batch_size": batch_size,
             "runs": widths, "steps": steps, "rounds": rounds,
@@ -150,14 +142,17 @@ def _check_output(folder: Path | None, overwrite: bool) -> None:
         results.check_destination(folder, overwrite=overwrite)
 
 
-def _watched(title: str, rows: Iterable[Any]) -> list[Any]:
-    """The rows, with the name of the last one on the terminal."""
-    found = []
+def _table(title: str, lib: Any, rows: Iterable[Any]) -> Any:
+    """The rows of one of the benchmarks' modules; how many there are is shown on the way."""
+    from optgrad.experiments.bench import output  # noqa: PLC0415
+
+    records = []
     with terminal.errors.status(title) as status:
         for row in rows:
-            found.append(row)
-            status.update(f"{title}: {len(found)} done")
-    return found
+            records.append(row)
+            status.update(f"{title}: {len(records)} done")
+    cells = [lib.cells(record) for record in records]
+    return output.Table(title, lib.HEADER, cells, records, lib.SHOWN)
 
 
 def _finish(  # noqa: PLR0917  what, where, how

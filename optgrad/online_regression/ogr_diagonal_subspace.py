@@ -7,7 +7,7 @@ import chex
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, leafwise, transforms, trees
+from optgrad.core import averages, checks, leafwise, linalg, transforms, trees
 from optgrad.online_regression import parabola, subspace, subspace_model
 from optgrad.online_regression.adaptive_sgd import AdaptiveSGDState, adaptive_sgd
 from optgrad.online_regression.ogr_diagonal import OGRDiagonalState, ogr_diagonal
@@ -182,7 +182,7 @@ def ogr_diagonal_subspace(
         total = jnp.ones_like(total) if paper else total  # of the momentum's weights
         weights = averages.constant_sample_weights(at(beta))
         basis, error = subspace.maintained(state.basis, state.orthonormality_error, moved.count)
-        square = subspace.dot(updates, updates)
+        square = linalg.dot(updates, updates)
 
         def follow(basis: subspace.Basis) -> tuple[Any, Any]:
             inside = subspace.coordinates(basis, updates)

@@ -7,7 +7,7 @@ import chex
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, checks, leafwise, transforms, trees
+from optgrad.core import averages, checks, leafwise, linalg, transforms, trees
 from optgrad.online_regression import parabola, subspace, subspace_model
 from optgrad.registry import Method, Tunable, register
 
@@ -253,7 +253,7 @@ def _update(
     if o.keeps_momentum:
         momentum = averages.update_mean(momentum, updates, momentum_weights)
     h = momentum if o.outside == "momentum" else updates
-    square = subspace.dot(updates, updates)
+    square = linalg.dot(updates, updates)
 
     def follow(basis: subspace.Basis) -> tuple[subspace.Residual, subspace.Change]:
         inside = subspace.coordinates(basis, updates)

@@ -101,11 +101,6 @@ def random_basis(params: optax.Params, d: int, dtype: Any | None = None, seed: i
     return basis
 
 
-def dot(x: chex.ArrayTree, y: chex.ArrayTree) -> chex.Array:
-    """Inner product over the whole tree, shape ()."""
-    return trees.dots((x, y))[0]
-
-
 def coordinates(basis: Basis, x: chex.ArrayTree) -> chex.Array:
     """Vx, shape (d,)."""
     return matmul(basis.rotation, trees.project(basis.rows, x))
@@ -235,7 +230,7 @@ def along_residual(
     found: Residual, grads: optax.Updates, x: chex.ArrayTree, basis: Basis
 ) -> chex.Array:
     """⟨r, x⟩/‖r‖, shape ()."""
-    product = dot(grads, x) - jnp.sum(found.projection * trees.project(basis.rows, x))
+    product = linalg.dot(grads, x) - jnp.sum(found.projection * trees.project(basis.rows, x))
     return jnp.where(found.norm > 0, product / jnp.where(found.norm > 0, found.norm, 1.0), 0.0)
 
 

@@ -1,5 +1,6 @@
 """The step of a method on given parameters, compiled, and what the compiler made of it."""
 
+import functools
 import math
 import re
 import time
@@ -78,7 +79,7 @@ class StepProgram:
 
         return run
 
-    @property
+    @functools.cached_property
     def kind(self) -> str:
         """``"dense"``, ``"functions"`` (of the parameters), ``"tree-wide"`` or ``"elementwise"``.
 
@@ -264,7 +265,11 @@ _FUNCTIONS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
+def is_measurable(method: registry.Method) -> bool:
+    """Whether its extra arguments can be made up: those of layers need a network."""
+    return method.extras(has_layers=False) <= {*_ARRAYS, *_FUNCTIONS}
+
+
 def measurable() -> tuple[registry.Method, ...]:
-    """All methods whose extra arguments can be made up: those of layers need a network."""
-    known = {"params", *_ARRAYS, *_FUNCTIONS}
-    return tuple(m for m in registry.methods() if m.extras(has_layers=False) | {"params"} <= known)
+    """All methods that can be measured."""
+    return tuple(filter(is_measurable, registry.methods()))

@@ -84,7 +84,7 @@ def fitting(method: registry.Method, setting: Setting) -> str:
       >>> fitting(optgrad.get_method("newton"), Setting("one"))
       'keeps matrices over all parameters: measured on few'
     """
-    if method not in programs.measurable():
+    if not programs.is_measurable(method):
         return "its statistics are those of a network's layers"
     if method.is_dense and setting.tree != "few":
         return "keeps matrices over all parameters: measured on few"

@@ -5,7 +5,9 @@ leaf anew, it takes several times as long to compile as `optax.adam`, and what i
 leaves would be written down again within every leaf's part of the program.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import chex
@@ -13,6 +15,17 @@ import jax
 import jax.numpy as jnp
 
 _Tree = TypeVar("_Tree")
+_WRITTEN_OUT: contextvars.ContextVar[bool] = contextvars.ContextVar("written_out", default=False)
+
+
+@contextlib.contextmanager
+def written_out() -> Iterator[None]:
+    """What is traced in this context has every leaf's operations, for who looks at them."""
+    token = _WRITTEN_OUT.set(True)
+    try:
+        yield
+    finally:
+        _WRITTEN_OUT.reset(token)
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -48,7 +61,7 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*arrays: Any) -> Any:
         is_traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
-        return shared(*arrays) if is_traced else function(*arrays)
+        return shared(*arrays) if is_traced and not _WRITTEN_OUT.get() else function(*arrays)
 
     return call
 

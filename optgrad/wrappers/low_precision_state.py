@@ -10,7 +10,7 @@ import optax
 from jax.extend.core import Literal
 
 from optgrad import registry
-from optgrad.core import checks
+from optgrad.core import checks, leafwise
 from optgrad.core import rounding as rounding_lib
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -146,7 +146,8 @@ def low_precision_state(
 
         def inner_update(given: Any) -> Any:
             gradient, leaves, at = given
-            return tx.update(gradient, jax.tree.unflatten(structure, leaves), at, **extra)
+            with leafwise.written_out():  # or nothing could be rounded within a leaf's update
+                return tx.update(gradient, jax.tree.unflatten(structure, leaves), at, **extra)
 
         new_updates, new_state = _rounded_where_computed(
             inner_update, (updates, leaves, params), narrow, rounding_at(count, [*narrow])

@@ -1,7 +1,7 @@
 """Optimizers that know about curvature, gradient variance and step size, for optax."""
 
 from optgrad import baselines
-from optgrad.core.diagnostics import diagnostics
+from optgrad.core.diagnostics import diagnostics, per_parameter
 from optgrad.core.gauss_newton import gauss_newton_diagonal
 from optgrad.core.layer_statistics import LayerStatistics, layer_statistics
 from optgrad.core.oracles import gradient_variance, per_example_grads, value_grad_and_variance
@@ -86,12 +86,19 @@ from optgrad.step_size import (
 from optgrad.step_size_planning import csawg, csawg_repeated
 from optgrad.training import CurvatureArgs, StepInfo, TrainingStep, curvature_args, make_step
 from optgrad.wrappers import (
+    GuardState,
     LowPrecisionState,
+    MonitorState,
     MultiSteps,
     MultiStepsState,
+    NonFiniteStepsError,
     across_devices,
+    check_guard,
     filter_extra,
+    guard,
     low_precision_state,
+    monitor,
+    monitored,
     on_subtree,
 )
 
@@ -99,11 +106,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CurvatureArgs",
+    "GuardState",
     "LayerStatistics",
     "LowPrecisionState",
     "Method",
+    "MonitorState",
     "MultiSteps",
     "MultiStepsState",
+    "NonFiniteStepsError",
     "StepInfo",
     "TrainingStep",
     "Tunable",
@@ -115,6 +125,7 @@ __all__ = [
     "adaptive_sgd_c",
     "baselines",
     "bfgs",
+    "check_guard",
     "create",
     "csawg",
     "csawg_repeated",
@@ -129,6 +140,7 @@ __all__ = [
     "gauss_newton_diagonal",
     "get_method",
     "gradient_variance",
+    "guard",
     "hessian_free",
     "idbd",
     "implicit_euler",
@@ -149,6 +161,8 @@ __all__ = [
     "make_step",
     "methods",
     "momentum_sgd_hybrid",
+    "monitor",
+    "monitored",
     "natural_gradient",
     "newton",
     "nonlinear_cg",
@@ -161,6 +175,7 @@ __all__ = [
     "ogr_subspace",
     "on_subtree",
     "per_example_grads",
+    "per_parameter",
     "polyak",
     "register",
     "runge_kutta",

@@ -32,21 +32,62 @@ def diagnostics(state: Any) -> dict[str, chex.Array]:
       >>> sorted(optgrad.diagnostics(optimizer.init(jnp.zeros(3))))[:1]
       ['step_size_geomean']
     """
-    found: dict[str, chex.Array] = {}
-    for leaf in jax.tree.leaves(state, is_leaf=_is_model):
-        if not _is_model(leaf):
+    return collected(state, "diagnostics")
+
+
+def per_parameter(state: Any) -> dict[str, chex.ArrayTree]:
+    """What optgrad's methods within a state model for every parameter, as trees like them.
+
+    What `diagnostics` says of all parameters in three numbers, this says of each: ``step_size``,
+    ``curvature`` (its absolute value), ``relative_variance`` (η², of a gradient),
+    ``variance_adaptation`` (γ = 1/(1+η²)), … A method's state documents its entries. Entries may be
+    infinite or NaN where there is nothing to tell.
+
+    Args:
+      state: any optimizer state.
+
+    Returns:
+      The trees by name, numbered as by `diagnostics`; empty for methods that have none.
+
+    Examples:
+      >>> import jax.numpy as jnp, optgrad
+      >>> state = optgrad.m_svag(0.1).init(jnp.zeros(3))
+      >>> sorted(optgrad.per_parameter(state))
+      ['relative_variance', 'variance_adaptation']
+    """
+    return collected(state, "per_parameter")
+
+
+def collected(state: Any, name: str) -> dict[str, Any]:
+    """The entries of all states within a state that have a method of that name.
+
+    Where several have an entry of the same name, the second and further ones are numbered.
+    """
+    found: dict[str, Any] = {}
+    for leaf in jax.tree.leaves(state, is_leaf=lambda x: _has(x, name)):
+        if not _has(leaf, name):
             continue
-        for name, value in leaf.diagnostics().items():
+        for entry, value in getattr(leaf, name)().items():
             number = 2
-            key = name
+            key = entry
             while key in found:
-                key, number = f"{name}_{number}", number + 1
+                key, number = f"{entry}_{number}", number + 1
             found[key] = value
     return found
 
 
-def _is_model(state: Any) -> bool:
-    return callable(getattr(state, "diagnostics", None))
+def _has(state: Any, name: str) -> bool:
+    return callable(getattr(state, name, None))
+
+
+def ratio(numerator: chex.ArrayTree, denominator: chex.ArrayTree) -> chex.ArrayTree:
+    """|x|/|y| of two trees in at least float32; NaN for 0/0."""
+
+    def divide(x: chex.Array, y: chex.Array) -> chex.Array:
+        dtype = averages.average_dtype(x)
+        return jnp.abs(x.astype(dtype)) / jnp.abs(y.astype(dtype))
+
+    return jax.tree.map(divide, numerator, denominator)
 
 
 class Summary(NamedTuple):

@@ -4,6 +4,7 @@ Everything is accumulated in at least float32 whatever the leaves' types. A *bas
 the parameters with a leading axis of d directions on every leaf; it is never raveled.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -72,6 +73,8 @@ def _sums(arrays: Sequence[chex.Array]) -> tuple[chex.Array, ...]:
     if shards.may_be_divided(*arrays):
         return _sums_of_divided(arrays)
     kept = None
+    if size > _LONG and len(shape) == 1 and (row := _row(size)):
+        return _sums([x.reshape(-1, row) for x in arrays])
     if size > _LONG and len(shape) == 1:
         whole = size - size % _LONG
         parts = [_sums([x[:whole].reshape(-1, _LONG) for x in arrays])]
@@ -83,6 +86,15 @@ def _sums(arrays: Sequence[chex.Array]) -> tuple[chex.Array, ...]:
     axes = tuple(i for i in range(len(shape)) if i != kept)
     zeros = tuple(jnp.zeros((), dtype) for _ in arrays)
     return tuple(jnp.sum(x) for x in jax.lax.reduce(arrays, zeros, _add, axes))
+
+
+@functools.cache
+def _row(size: int) -> int | None:
+    """A length of rows into which so many numbers divide without a rest; None: no good one.
+
+    A rest takes slices, which XLA on CPU stores if a reduction has a single result.
+    """
+    return next((n for n in range(_LONG, _LONG // 64, -1) if size % n == 0), None)
 
 
 def _sums_of_divided(arrays: Sequence[chex.Array]) -> tuple[chex.Array, ...]:

@@ -31,6 +31,10 @@ class DiagonalGaussNewtonState(NamedTuple):
         found = {f"curvature_{name}": value for name, value in found.items()}
         return {**found, "gradient_equivalents": self.cost}
 
+    def per_parameter(self) -> dict[str, chex.ArrayTree]:
+        """``curvature``: the estimated ones."""
+        return {"curvature": self.curvature}
+
 
 def scale_by_diagonal_gauss_newton(
     damping: float | optax.Schedule = 0.01,

@@ -15,7 +15,7 @@ import jax.scipy.special
 import numpy as np
 import optax
 
-from optgrad.core import averages, checks, leafwise, oracles, transforms
+from optgrad.core import averages, checks, diagnostics, leafwise, oracles, transforms
 
 VARIANCES = ("moving_average", "unbiased")
 FACTORS = ("adam", "optimal")
@@ -33,6 +33,10 @@ class MovingMomentsState(NamedTuple):
     mean: optax.Updates  # bias-corrected m, like the parameters, at least float32
     variance: optax.Updates  # v − m² ≥ 0, like the parameters, at least float32
 
+    def per_parameter(self) -> dict[str, chex.ArrayTree]:
+        """``relative_variance`` η² = (v−m²)/m² of a gradient, ``variance_adaptation`` 1/(1+η²)."""
+        return _relative(self.mean, self.variance)
+
 
 class MinibatchVarianceState(NamedTuple):
     """Momentum, and its variance as estimated within the minibatches."""
@@ -40,6 +44,19 @@ class MinibatchVarianceState(NamedTuple):
     count: chex.Array  # number of updates, int32, shape ()
     momentum: optax.Updates  # r = Σ μˢ g, like the parameters, at least float32
     variance: optax.Updates  # s̄ = Σ μ²ˢ ŝ ≥ 0, like the parameters, at least float32
+
+    def per_parameter(self) -> dict[str, chex.ArrayTree]:
+        """``relative_variance`` η² = s̄/r² of the momentum, ``variance_adaptation`` 1/(1+η²)."""
+        return _relative(self.momentum, self.variance)
+
+
+def _relative(mean: chex.ArrayTree, variance: chex.ArrayTree) -> dict[str, chex.ArrayTree]:
+    deviations = jax.tree.map(jnp.sqrt, variance)
+    relative = jax.tree.map(jnp.square, diagnostics.ratio(deviations, mean))
+    return {
+        "relative_variance": relative,
+        "variance_adaptation": jax.tree.map(lambda x: 1 / (1 + x), relative),
+    }
 
 
 Direction = Callable[[chex.Array, chex.Array, chex.Array, chex.Array], chex.Array]

@@ -5,6 +5,7 @@ import numbers
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -33,6 +34,12 @@ class AdaptiveSGDState(NamedTuple):
         """
         step_size = diagnostics.summarize(self.position_variance, self.gradient_variance)
         return {f"step_size_{name}": jnp.sqrt(x) for name, x in step_size._asdict().items()}
+
+    def per_parameter(self) -> dict[str, chex.ArrayTree]:
+        """``step_size`` σθ/σg and ``curvature`` σg/σθ, before α, ε, floor and cap."""
+        square = diagnostics.ratio(self.position_variance, self.gradient_variance)
+        step_size = jax.tree.map(jnp.sqrt, square)
+        return {"step_size": step_size, "curvature": jax.tree.map(lambda x: 1 / x, step_size)}
 
 
 def adaptive_sgd(

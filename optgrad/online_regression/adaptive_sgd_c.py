@@ -43,6 +43,10 @@ class AdaptiveSGDcState(NamedTuple):
             entries["correlation_mean"] = cw.mean_of(correlation)
         return entries
 
+    def per_parameter(self) -> dict[str, chex.ArrayTree]:
+        """Those of `coordinatewise.per_parameter`."""
+        return cw.per_parameter(self.position_variance, self.covariance)
+
 
 def _correlation(v: chex.Array, c: chex.Array, noise: chex.Array) -> chex.Array:
     v, c, noise = (x.astype(averages.average_dtype(v)) for x in (v, c, noise))

@@ -249,6 +249,14 @@ def mean_of(tree: Any) -> chex.Array:
     return total / max(sum(x.size for x in leaves), 1)
 
 
+def per_parameter(position_variance: Any, covariance: Any) -> dict[str, chex.ArrayTree]:
+    """``curvature`` |λ| = |c|/v and ``step_size`` 1/|λ|, before confidence and limits."""
+    return {
+        "curvature": diagnostics.ratio(covariance, position_variance),
+        "step_size": diagnostics.ratio(position_variance, covariance),
+    }
+
+
 def curvatures(position_variance: Any, covariance: Any) -> dict[str, chex.Array]:
     """Curvatures λ = c/v and step sizes 1/|λ| over the coordinates that have one.
 

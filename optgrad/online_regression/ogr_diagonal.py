@@ -31,6 +31,10 @@ class OGRDiagonalState(NamedTuple):
         """
         return cw.curvatures(self.position_variance, self.covariance)
 
+    def per_parameter(self) -> dict[str, chex.ArrayTree]:
+        """Those of `coordinatewise.per_parameter`."""
+        return cw.per_parameter(self.position_variance, self.covariance)
+
 
 def ogr_diagonal(
     alpha: float | optax.Schedule | None = None,

@@ -22,6 +22,10 @@ class DeltaBarDeltaState(NamedTuple):
         """The learned rates ε: ``step_size_geomean``, ``step_size_min``, ``step_size_max``."""
         return coordinates.summarize("step_size", self.rate)
 
+    def per_parameter(self) -> dict[str, chex.ArrayTree]:
+        """``step_size``: the learned rates."""
+        return {"step_size": self.rate}
+
 
 def delta_bar_delta(
     kappa: float | optax.Schedule = 1e-3,

@@ -24,6 +24,10 @@ class IDBDState(NamedTuple):
         """The learned rates α: ``step_size_geomean``, ``step_size_min``, ``step_size_max``."""
         return coordinates.summarize("step_size", self.rate)
 
+    def per_parameter(self) -> dict[str, chex.ArrayTree]:
+        """``step_size``: the learned rates."""
+        return {"step_size": self.rate}
+
 
 def idbd(
     eta: float | optax.Schedule = 0.01,

@@ -53,6 +53,13 @@ class VSGDState(NamedTuple):
           (before ``max_rate``; with per-example gradients the rates used are larger),
           ``signal_geomean``, … of r = ḡ²/v̄, ``memory_geomean``, … of τ.
         """
+        found: dict[str, chex.Array] = {}
+        for name, tree in self.per_parameter().items():
+            found |= coordinates.summarize(name, tree)
+        return found
+
+    def per_parameter(self) -> dict[str, chex.ArrayTree]:
+        """``step_size``, ``signal`` r and ``memory`` τ, of which `diagnostics` tells the range."""
         signals = jax.tree.map(
             lambda m, s: _signal(*_wide(m, s)), self.mean_gradient, self.gradient_variance
         )
@@ -60,11 +67,8 @@ class VSGDState(NamedTuple):
         if self.mean_square_curvature is not None:
             curvatures.append(self.mean_square_curvature)
         rates = jax.tree.map(lambda *x: _limited(_rate(*_wide(*x)), None), signals, *curvatures)
-        return {
-            **coordinates.summarize("step_size", rates),
-            **coordinates.summarize("signal", signals),
-            **coordinates.summarize("memory", jax.tree.map(lambda k: 1 / k, self.weight)),
-        }
+        memories = jax.tree.map(lambda k: 1 / k, self.weight)
+        return {"step_size": rates, "signal": signals, "memory": memories}
 
 
 class Settings(NamedTuple):

@@ -65,7 +65,8 @@ class PlanningState(NamedTuple):
         Returns:
           ``evaluations``, ``outer_iterations``, ``rejected``: as in the state; ``is_planned``:
           whether there is a plan, from the fit to the first step of the next window; and its
-          ``step_size_mean``, ``step_size_min``, ``step_size_max``, 0 without a plan.
+          ``step_size_mean``, ``step_size_min``, ``step_size_max``, 0 without a plan; ``phase``: 0
+          ordinary, 1 projection, 2 correction, 3 return.
         """
         leaves = [jnp.ravel(x) for x in jax.tree.leaves(self.step_sizes) if jnp.size(x)]
         found = {}
@@ -82,6 +83,15 @@ class PlanningState(NamedTuple):
             "rejected": self.rejected,
             "is_planned": self.is_planned,
             **{f"step_size_{k}": jnp.where(self.is_planned, x, 0.0) for k, x in found.items()},
+            "phase": self.phase,
+        }
+
+    def per_parameter(self) -> dict[str, chex.ArrayTree]:
+        """``step_size``: the planned ones, NaN while there is no plan."""
+        return {
+            "step_size": jax.tree.map(
+                lambda x: jnp.where(self.is_planned, x, jnp.nan), self.step_sizes
+            )
         }
 
 

@@ -1,16 +1,15 @@
 """The state of any transformation in 16 bits, between its steps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import Literal
 
 from optgrad import registry
-from optgrad.core import checks, leafwise
+from optgrad.core import checks, rewriting
 from optgrad.core import rounding as rounding_lib
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -146,11 +145,13 @@ def low_precision_state(
 
         def inner_update(given: Any) -> Any:
             gradient, leaves, at = given
-            with leafwise.written_out():  # or nothing could be rounded within a leaf's update
-                return tx.update(gradient, jax.tree.unflatten(structure, leaves), at, **extra)
+            return tx.update(gradient, jax.tree.unflatten(structure, leaves), at, **extra)
 
-        new_updates, new_state = _rounded_where_computed(
-            inner_update, (updates, leaves, params), narrow, rounding_at(count, [*narrow])
+        # If later operations saw what is not rounded, it would have to be stored beside the state
+        # or be computed again from the old state, which could not be overwritten.
+        round_leaf = rounding_at(count, [*narrow])
+        new_updates, new_state = rewriting.replaced_where_computed(
+            inner_update, (updates, leaves, params), round_leaf, [*narrow]
         )
         return new_updates, LowPrecisionState(count, new_state)
 
@@ -214,59 +215,3 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 def _between_dots(name: str) -> str:
     return f".{name}."
-
-
-# Rounding -------------------------------------------------------------------------------------
-
-
-def _rounded_where_computed(
-    function: Callable[[Any], Any], given: Any, narrow: Mapping[int, Any], round_leaf: RoundLeaf
-) -> Any:
-    """``function(given)``, some leaves of its second result rounded at the place they come from.
-
-    The function is traced, and its operations are executed one by one. As soon as a leaf of the
-    new state is known it is rounded, and later operations see the rounded value. If they saw the
-    other one, it would have to be stored beside the state or be computed again from the old state,
-    which could not be overwritten.
-
-    Args:
-      function: given -> (updates, state).
-      given: its argument, any tree.
-      narrow: the numbers of the state's leaves that are to be rounded.
-      round_leaf: (number, wide leaf) -> narrow leaf.
-    """
-    traced, shapes = jax.make_jaxpr(function, return_shape=True)(given)
-    jaxpr = traced.jaxpr
-    split = len(jax.tree.leaves(shapes[0]))
-    state = jaxpr.outvars[split:]
-    # What is handed through, or stays wide elsewhere in the state, is not replaced.
-    fixed = {*jaxpr.invars, *jaxpr.constvars}
-    fixed |= {x for i, x in enumerate(state) if i not in narrow and _is_variable(x)}
-    leaf_of = {state[i]: i for i in narrow if _is_variable(state[i]) and state[i] not in fixed}
-    used = {x for equation in jaxpr.eqns for x in equation.invars if _is_variable(x)}
-    used |= {x for x in jaxpr.outvars if _is_variable(x)}
-
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, traced.consts, strict=True))
-    values |= dict(zip(jaxpr.invars, jax.tree.leaves(given), strict=True))
-    rounded: dict[Any, chex.Array] = {}
-    for equation in jaxpr.eqns:
-        arguments = list(dict.fromkeys(x for x in equation.invars if _is_variable(x)))
-        results = [x for x in equation.outvars if x in used]
-        single = jaxpr.replace(constvars=[], invars=arguments, outvars=results, eqns=[equation])
-        found = jax.core.eval_jaxpr(single, (), *(values[x] for x in arguments))
-        values |= dict(zip(results, found, strict=True))
-        for x in results:
-            if x in leaf_of:
-                rounded[x] = round_leaf(leaf_of[x], values[x])
-                values[x] = rounded[x].astype(values[x].dtype)
-
-    leaves = [values[x] if _is_variable(x) else x.val for x in jaxpr.outvars]
-    for i in narrow:
-        x, wide = state[i], leaves[split + i]
-        found_early = _is_variable(x) and x in rounded
-        leaves[split + i] = rounded[x] if found_early else round_leaf(i, jnp.asarray(wide))
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-
-def _is_variable(x: Any) -> bool:
-    return not isinstance(x, Literal)

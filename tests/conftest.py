@@ -48,6 +48,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="dealt (default): variants dealt out among the methods; kinds: one method of "
         "each kind; all: every variant for every method",
     )  # fmt: skip
+    parser.addoption(
+        "--record-golden", action="store_true", help="write the golden trajectories anew"
+    )
+
+
+# What is compiled without LLVM's optimisation takes little more than half of the time to compile,
+# which is what most tests of methods wait for; those of whole runs would take longer with it.
+_RUNS = {"experiments", "test_readme.py"}
+
+
+@pytest.fixture(autouse=True)
+def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Neither HLO nor, beyond rounding, numbers depend on it."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, before or _RUNS.isdisjoint(request.path.parts))
+    yield
+    jax.config.update(name, before)
 
 
 @pytest.fixture(autouse=True)

@@ -181,6 +181,8 @@ class CompareConfig(_Model):
     precision: Literal["float32", "bfloat16"] = "float32"
     accumulate: PositiveInt = 1
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    guard: Annotated[int, Field(strict=True, ge=0)] = 0  # updates left out in a row; 0: no guard
+    monitor: bool = False  # record what the methods model
     schedule: ScheduleConfig = ScheduleConfig()
     validation: (
         Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(strict=True, ge=0, lt=1)]
@@ -265,6 +267,8 @@ class CompareConfig(_Model):
             schedule=None if constant else self.schedule.factor_at(updates),
             weight_decay=self.weight_decay,
             ema=self.ema,
+            guard=self.guard,
+            monitor=(self.eval_every or 1) // self.accumulate if self.monitor else 0,
             accumulate=self.accumulate,
             batch_size=self.batch_size,
         )

@@ -228,16 +228,17 @@ class Trainer:
             if step:
                 state, losses = executable.advance(state, hyperparams, seeds)
             metrics = {"train_loss": losses.mean, **executable.evaluate(state)}
-            numbers = [*metrics.values(), state.diverged_at, losses.first]
+            observed = executable.observed(state)
+            numbers = [*metrics.values(), *observed.values(), state.diverged_at, losses.first]
             *fetched, diverged_at, first = executable.fetch(numbers)
-            host = dict(zip(metrics, np.asarray(fetched, float), strict=True))
+            host = dict(zip([*metrics, *observed], np.asarray(fetched, float), strict=True))
             for row, record in enumerate(records):
                 if step == self.eval_every:  # what the first batch cost before any update
                     record[0]["first_loss"] = float(first[row])
                 found = {k: float(v[row]) for k, v in host.items()}
                 at = int(record[-1]["diverged_at"]) if record else 0
                 at = at or int(diverged_at[row])
-                if step and not at and not np.isfinite(list(found.values())).all():
+                if step and not at and not np.isfinite([found[name] for name in metrics]).all():
                     at = step  # the last update went wrong, after the last finite loss
                 record.append(
                     {**(dict.fromkeys(found, np.nan) if at else found), "diverged_at": at}

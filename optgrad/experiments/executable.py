@@ -35,6 +35,7 @@ class Executable:
         interval, step = (_with_typed_keys(f) for f in (program.interval, program.step))
         self._interval = self._compiled(interval, 0, 0, 0, None, donate_argnums=0)
         self._step = self._compiled(step, 0, 0, 0, None, None, donate_argnums=0)
+        self._observed = self._compiled(program.observed, 0)
         self._evaluate = {
             split: self._compiled(_of_split(program.evaluate, split), 0, None)
             for split in program.problem.splits
@@ -76,11 +77,16 @@ class Executable:
             state, losses = self._interval(state, hyperparams, drawn, data)
             return state, losses
         state, first = self._step(state, hyperparams, drawn, 0, data)
-        total = first
+        total = self.program.counted(first)
         for index in range(1, self.program.eval_every):
             state, loss = self._step(state, hyperparams, drawn, index, data)
-            total += loss
-        return state, Losses(total / self.program.eval_every, first)
+            total += self.program.counted(loss)
+        return state, Losses(self.program.mean(total), first)
+
+    def observed(self, state: RunState) -> dict[str, chex.Array]:
+        """What guard and monitor tell of the last interval, scalars of each run by name."""
+        features = self.program.features
+        return self._observed(state) if features.guard or features.monitor else {}
 
     def evaluate(self, state: RunState) -> dict[str, chex.Array]:
         """The metrics of every split, in order."""

@@ -6,7 +6,9 @@ of it:
 1. the method, whose learning rate is a schedule of its own updates;
 2. decoupled weight decay, by the same learning rate;
 3. the moving average of the parameters after each update;
-4. gradient accumulation: what is inside is called once in several training steps.
+4. the guard, which leaves out updates that are not finite;
+5. the monitor of what the method models;
+6. gradient accumulation: what is inside is called once in several training steps.
 """
 
 import dataclasses
@@ -21,9 +23,13 @@ import optax
 
 from optgrad import registry
 from optgrad.core import averages, checks, transforms
+from optgrad.wrappers.guard import GuardState, guard
+from optgrad.wrappers.monitor import monitor, monitored
 from optgrad.wrappers.multi_steps import MultiSteps
 
 LEARNING_RATE = "learning_rate"
+MONITOR = "monitor/"  # before the names of what is monitored, among a run's metrics
+QUANTILES = (0.05, 0.5, 0.95)
 _AVERAGED = ("value", "grad", "gradient_variance")  # over the micro-batches of an update
 
 
@@ -35,6 +41,10 @@ class Features:
       schedule: update number -> factor of the learning rate, or None for a constant one.
       weight_decay: λ ≥ 0, see `with_weight_decay`.
       ema: d in [0, 1), see `with_average`; 0 for none.
+      guard: how many updates in a row may be left out because they are not finite (see
+        `optgrad.guard`) before a run counts as diverged; 0: none is left out.
+      monitor: updates in an interval over which is recorded what the method models (see
+        `optgrad.monitor`); 0 for none.
       accumulate: k ≥ 1, training steps (micro-batches) of an update.
       batch_size: examples of a micro-batch, from which the variance of the accumulated gradient
         follows.
@@ -43,12 +53,16 @@ class Features:
     schedule: optax.Schedule | None = None
     weight_decay: float = 0.0
     ema: float = 0.0
+    guard: int = 0
+    monitor: int = 0
     accumulate: int = 1
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
         checks.check_in_range("weight_decay", self.weight_decay, 0.0, high_open=True)
         checks.check_in_range("ema", self.ema, 0.0, 1.0, high_open=True)
+        checks.check_count("guard", self.guard, 0)
+        checks.check_count("monitor", self.monitor, 0)
         checks.check_count("accumulate", self.accumulate, 1)
 
     def check(self, method: registry.Method) -> None:
@@ -97,6 +111,10 @@ class Features:
             optimizer = with_weight_decay(optimizer, rate, self.weight_decay)
         if self.ema:
             optimizer = with_average(optimizer, self.ema)
+        if self.guard:
+            optimizer = guard(optimizer, max_consecutive=self.guard)
+        if self.monitor:
+            optimizer = monitor(optimizer, interval=self.monitor, quantiles=QUANTILES)
         if self.accumulate > 1:
             names = {"value", *method.extras(has_layers=True)} & set(_AVERAGED)
             optimizer = _accumulated(optimizer, self.accumulate, names, self.batch_size)
@@ -106,7 +124,33 @@ class Features:
         """The parameters to evaluate: their average where one is kept, else they themselves."""
         if not self.ema:
             return params
-        return (opt_state.inner_opt_state if self.accumulate > 1 else opt_state).average
+        return _found(opt_state, AverageState).average
+
+    def failed(self, opt_state: Any) -> chex.Array:
+        """Whether the guard has given up; bool, shape ()."""
+        failed: chex.Array = _found(opt_state, GuardState).failed
+        return failed
+
+    def observed(self, opt_state: Any) -> dict[str, chex.Array]:
+        """Scalars by name: ``rejected_steps``, and ``monitor/<quantity>/<number>``."""
+        scalars: dict[str, chex.Array] = {}
+        if self.guard:
+            scalars["rejected_steps"] = _found(opt_state, GuardState).rejected
+        if self.monitor:
+            for name, summary in monitored(opt_state).items():
+                low, median, high = jnp.moveaxis(summary.quantiles, -1, 0)
+                numbers = {
+                    "min": summary.min, "low": low, "median": median, "mean": summary.mean,
+                    "high": high, "max": summary.max,
+                }  # fmt: skip
+                scalars |= {f"{MONITOR}{name}/{key}": x for key, x in numbers.items()}
+        return scalars
+
+
+def _found(opt_state: Any, kind: type) -> Any:
+    """The one state of this kind within what `Features.optimizer` keeps."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return next(x for x in leaves if isinstance(x, kind))
 
 
 PLAIN = Features()

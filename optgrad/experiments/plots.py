@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from optgrad.experiments import robustness, search_space, tuning
 from optgrad.experiments.compare import Comparison, Outcome
 from optgrad.experiments.engine import History
+from optgrad.experiments.features import MONITOR
 from optgrad.experiments.profiles import Profiles
 from optgrad.experiments.scores import Score
 
@@ -55,7 +56,11 @@ def figures(comparison: Comparison, order: Sequence[str] = ()) -> dict[str, Figu
       order: labels, whose places in it are their colours; default: the comparison's.
     """
     order = order or labels(comparison)
-    draw = {"sensitivity": sensitivity, "robustness": robustness_figure}
+    draw = {
+        "sensitivity": sensitivity,
+        "robustness": robustness_figure,
+        "monitor": monitor_figure,
+    }
     with mpl.rc_context(STYLE):
         drawn = {}
         for name in names(comparison):
@@ -83,6 +88,7 @@ def names(comparison: Comparison) -> list[str]:
         *(f"curves_{unit}" for unit in comparison.units[1:]),
         *(["sensitivity"] if was_tuned(comparison) else []),
         *(["robustness"] if is_known else []),
+        *(["monitor"] if _monitored(comparison) else []),
     ]
 
 
@@ -286,6 +292,56 @@ def robustness_figure(comparison: Comparison, order: Sequence[str] = ()) -> Figu
         "open circles: to the edge of what was tried, or wider",
     )
     _add_legend(figure, axis, "best")
+    return figure
+
+
+def _monitored(comparison: Comparison) -> list[str]:
+    """Quantities that any optimizer's final runs have a record of, other than zeros."""
+    finals = [outcome.tuned.final for outcome in comparison.outcomes]
+    columns = [pair for final in finals if final for pair in final.history.metrics.items()]
+    found = dict.fromkeys(
+        name.removeprefix(MONITOR).removesuffix("/median")
+        for name, values in columns
+        if name.startswith(MONITOR) and name.endswith("/median") and np.nan_to_num(values).any()
+    )
+    return [*found]
+
+
+def monitor_figure(comparison: Comparison, order: Sequence[str] = ()) -> Figure:
+    """What the methods model: medians over the parameters, and all but 5 % at either end.
+
+    Over the steps of an evaluation interval and over seeds, the mean of each.
+    """
+    order, names = order or labels(comparison), _monitored(comparison)
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.7 * columns + 2.0, 2.8 * rows))
+    figure.suptitle(f"{_text(comparison.problem)}: median, 5 % and 95 % of the parameters")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in axes[len(names) :]:
+        unused.remove()
+    shown: dict[str, Any] = {}
+    for axis, name in zip(axes, names, strict=False):
+        least = np.inf
+        for outcome in comparison.outcomes:
+            final = outcome.tuned.final
+            if final is None or f"{MONITOR}{name}/median" not in final.history.metrics:
+                continue
+            low, median, high = (
+                band(final.history, f"{MONITOR}{name}/{key}") for key in ("low", "median", "high")
+            )
+            if low is None or median is None or high is None or not len(median.places):
+                continue
+            line = look(order.index(outcome.config.label))
+            shown[_label(outcome)] = axis.plot(median.places, median.mean, **line)[0]
+            axis.fill_between(
+                median.places, low.mean, high.mean, color=line["color"], alpha=0.15, linewidth=0
+            )
+            least = min(least, median.mean.min())
+        if 0 < least < np.inf:
+            axis.set_yscale("log", nonpositive="clip")
+        axis.set(title=_text(name.replace("_", " ")), xlabel="step")
+    figure.legend([*shown.values()], [*shown], loc="outside right upper")
     return figure
 
 

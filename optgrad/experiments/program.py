@@ -25,7 +25,8 @@ class RunState(NamedTuple):
     params: Any
     opt_state: Any
     step: chex.Array  # steps taken, int32 ()
-    diverged_at: chex.Array  # first step (from 1) whose loss was not finite, 0 if none, int32 ()
+    # First step (from 1) whose loss was not finite, or a guard gave up, 0 if none; int32 ()
+    diverged_at: chex.Array
 
 
 class Losses(NamedTuple):
@@ -107,7 +108,21 @@ class Program:
             return self._update(state, hyperparams, one, data)
 
         state, losses = jax.lax.scan(step, state, drawn)
-        return state, Losses(jnp.mean(losses), losses[0])
+        if not self.features.guard:
+            return state, Losses(jnp.mean(losses), losses[0])
+        return state, Losses(self.mean(jax.vmap(self.counted)(losses).sum(axis=0)), losses[0])
+
+    def counted(self, loss: chex.Array) -> chex.Array:
+        """A step's loss and 1, or under a guard zeros where it is not finite; shape (2,)."""
+        one = jnp.ones_like(loss)
+        if not self.features.guard:
+            return jnp.stack([loss, one])
+        return jnp.where(jnp.isfinite(loss), jnp.stack([loss, one]), 0)
+
+    @staticmethod
+    def mean(total: chex.Array) -> chex.Array:
+        """Of the losses that were `counted` and added up; NaN if none was."""
+        return total[0] / total[1]
 
     def step(
         self, state: RunState, hyperparams: Any, drawn: Any, index: chex.Array, data: Any
@@ -119,6 +134,10 @@ class Program:
     def evaluated(self, state: RunState) -> Any:
         """The parameters that are evaluated."""
         return self.features.evaluated(state.params, state.opt_state)
+
+    def observed(self, state: RunState) -> dict[str, chex.Array]:
+        """What guard and monitor tell of the last interval, scalars by name."""
+        return self.features.observed(state.opt_state)
 
     def evaluate(self, split: str, params: Any, data: Any) -> dict[str, chex.Array]:
         """Sums of the metrics over a split."""
@@ -161,7 +180,8 @@ class Program:
         )
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
-        is_first = (state.diverged_at == 0) & ~jnp.isfinite(value)
+        failed = self.features.failed(opt_state) if self.features.guard else ~jnp.isfinite(value)
+        is_first = (state.diverged_at == 0) & failed
         diverged_at = jnp.where(is_first, step, state.diverged_at)
         return transforms.strongly_typed(RunState(params, opt_state, step, diverged_at)), value
 

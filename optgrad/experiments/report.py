@@ -155,6 +155,8 @@ def surroundings(comparison: Comparison) -> str:
         ),
         "Trained in bfloat16, with float32 parameters.": config.precision == "bfloat16",
         f"Evaluated is the moving average of the parameters (decay {config.ema:g}).": config.ema,
+        "Updates that are not finite are left out; a run has diverged when "
+        f"{config.guard} in a row are.": config.guard,
     }
     return " ".join(text for text, holds in said.items() if holds)
 

@@ -78,8 +78,9 @@ def monitor(
         ``"relative_variance"``, ``"variance_adaptation"``, …), of `optgrad.diagnostics`
         (``"phase"``, ``"rejected_steps"``, …), ``"update"``, the size \|Δθ\| of each parameter's
         update, or ``"relative_update"``, \|Δθ\|/\|θ\|. Or a mapping from names of your own to
-        functions of the wrapped transformation's state that return an array or a tree. None: all
-        that it has of the first two, and ``"update"``.
+        functions of the wrapped transformation's state that return an array or a tree. None:
+        ``"update"``, and all that it has of the first two, without what is said of the same
+        quantity by both (``"step_size"`` and ``"step_size_min"``).
       interval: steps in an interval, ≥ 1.
       quantiles: probabilities in [0, 1].
       sample: of how many entries, at most, quantiles are taken, ≥ 1: of larger trees evenly spaced
@@ -122,9 +123,12 @@ def monitor(
     def quantities(state: Any, updates: Any, params: Any) -> dict[str, Any]:
         if isinstance(fields, Mapping):
             return {name: read(state) for name, read in fields.items()}
-        found = {**diagnostics.diagnostics(state), **diagnostics.per_parameter(state)}
+        scalars, trees_of = diagnostics.diagnostics(state), diagnostics.per_parameter(state)
         if fields is None:
-            return {**found, "update": jax.tree.map(jnp.abs, updates)}
+            summed_up = tuple(f"{name}_" for name in trees_of)
+            rest = {k: x for k, x in scalars.items() if not k.startswith(summed_up)}
+            return {**rest, **trees_of, "update": jax.tree.map(jnp.abs, updates)}
+        found = {**scalars, **trees_of}
         for name in fields:
             checks.check_one_of("fields", name, (*found, *STEP_FIELDS))
         if "update" in fields:

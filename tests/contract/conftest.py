@@ -42,7 +42,7 @@ SELDOM = {
 # a third, and the variants of neighbours differ. Optax's own methods take turns with all
 # properties: each runs half of them. Whoever changes what all share runs ``--contract all``.
 DEALT = {"odd_trees", "dtypes", "weak_types", "non_finite_entry", "either_extra_argument"}
-DEALT |= {"low_precision_state"}
+DEALT |= {"low_precision_state", "golden"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -113,20 +113,20 @@ CPU = Scale(
     "cpu",
     {
         "mnist": dataclasses.replace(
-            _MNIST, steps=560, seeds=5, evaluations=8, test_images=5000,
-            differs="560 steps of 20,000, five seeds",
+            _MNIST, steps=420, seeds=5, evaluations=6, test_images=5000,
+            differs="420 steps of 20,000, five seeds",
         ),
         "cifar10": dataclasses.replace(
-            _CIFAR10, steps=180, batch_size=32, seeds=5, evaluations=6,
+            _CIFAR10, steps=120, batch_size=32, seeds=5, evaluations=4,
             test_images=1000, model_options={"channels": (16, 24, 32), "hidden": (128, 64)},
-            differs="a quarter of the channels and units, batches of 32 not 256, 180 steps of "
+            differs="a quarter of the channels and units, batches of 32 not 256, 120 steps of "
             "20,000, five seeds",
         ),
         "cifar100": dataclasses.replace(
-            _CIFAR100, steps=300, batch_size=32, seeds=5, evaluations=6,
+            _CIFAR100, steps=200, batch_size=32, seeds=5, evaluations=4,
             test_images=1000, classes=10, model_options={"width": 8},
             differs="the first ten classes alone, a twelfth of the channels, batches of 32 not "
-            "256, 300 steps of 60,000, five seeds",
+            "256, 200 steps of 60,000, five seeds",
         ),
     },
 )  # fmt: skip

@@ -34,6 +34,10 @@ import pytest
 
 import optgrad
 
+# What LLVM does not optimise compiles in little more than half of the time, too. Neither HLO nor,
+# beyond rounding, numbers depend on it. Where training takes longer than compiling: `optimised`.
+jax.config.update("jax_disable_most_optimizations", True)
+
 EFFICIENCY = "efficiency"  # the key under which a test records a row of that table
 
 hypothesis.settings.register_profile("optgrad", deadline=None)
@@ -49,23 +53,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "each kind; all: every variant for every method",
     )  # fmt: skip
     parser.addoption(
+        "--fuzz-inputs", type=int, default=300, help="damaged files of each kind (default 300)"
+    )
+    parser.addoption(
         "--record-golden", action="store_true", help="write the golden trajectories anew"
     )
-
-
-# What is compiled without LLVM's optimisation takes little more than half of the time to compile,
-# which is what most tests of methods wait for; those of whole runs would take longer with it.
-_RUNS = {"experiments", "test_readme.py"}
-
-
-@pytest.fixture(autouse=True)
-def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Neither HLO nor, beyond rounding, numbers depend on it."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
-    jax.config.update(name, before or _RUNS.isdisjoint(request.path.parts))
-    yield
-    jax.config.update(name, before)
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +68,14 @@ def precision_as_found() -> Iterator[None]:
     after = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", before)
     assert after == before, f"the test left jax_enable_x64 = {after}"
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Code as users have it, for tests that run more than they compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def pytest_terminal_summary(terminalreporter):
         return
     order = {method.name: i for i, method in enumerate(optgrad.methods())}
     rows.sort(key=lambda row: order.get(row["method"], len(order)))
-    terminalreporter.section("efficiency of one donated step, 100 leaves", sep="-")
+    terminalreporter.section("efficiency of one donated step", sep="-")
     columns = list(rows[0])
     widths = [max(len(c), *(len(str(row[c])) for row in rows)) for c in columns]
     for line in (columns, *([str(row[c]) for c in columns] for row in rows)):

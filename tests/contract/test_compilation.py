@@ -14,8 +14,8 @@ from . import problem
 
 LEAF_SIZE = 20_000
 # The step of the coordinates is stored while it is projected on the subspace.
-# The natural gradient has no state, and two leaves of 100 at a time: the mean and the direction.
-TEMPORARY_VECTORS = {"ogr_diagonal_subspace": 1.02, "natural_gradient": 0.02}
+# The natural gradient has no state, and two leaves of 40 at a time: the mean and the direction.
+TEMPORARY_VECTORS = {"ogr_diagonal_subspace": 1.02, "natural_gradient": 0.05}
 SMALL_STATE = 4096  # bytes of scalars, and of matrices over a fixed number of directions
 
 
@@ -86,7 +86,7 @@ def adam_seconds(leaves, size):
     return programs.compiled_with_counts(program, saving_memory=True)[1].seconds
 
 
-def efficiency(method, leaves=100, rounding=None):
+def efficiency(method, leaves=40, rounding=None):
     """What XLA makes of a step on many leaves, with a state rounded to 16 bits if so."""
     leaves = 10 if is_given_functions(method) else leaves  # line searches compile for too long
     leaves, size = (4, 20) if method.is_dense else (leaves, LEAF_SIZE)
@@ -117,8 +117,9 @@ def test_efficiency(method, record_property):
     if not method.is_dense:
         assert row["copies"] == 0
         allowed = TEMPORARY_VECTORS.get(method.name, 0) * row["param_bytes"]
-        # 1 %, which is one leaf of a hundred, and scalars.
-        assert row["temp_bytes"] < allowed + 0.012 * (row["param_bytes"] + row["state_bytes"])
+        # Of one leaf, and scalars.
+        one = 1.2 / row["leaves"] * (row["param_bytes"] + row["state_bytes"])
+        assert row["temp_bytes"] < allowed + one
     # All that grows with the parameters; what is small and only written has no buffer to reuse.
     assert row["alias_bytes"] >= row["param_bytes"] + row["state_bytes"] - 1024
 
@@ -143,7 +144,7 @@ def test_program_size(method):
     Where scalars that come from all leaves are computed again with each of them, the number of
     instructions grows with the square of the number of leaves.
     """
-    few, more, many = (instructions(method, leaves) for leaves in (6, 12, 24))
+    few, more, many = (instructions(method, leaves) for leaves in (4, 8, 16))
     assert many - more <= 1.05 * 2 * (more - few)
 
 

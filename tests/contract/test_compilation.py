@@ -144,7 +144,7 @@ def test_program_size(method):
     Where scalars that come from all leaves are computed again with each of them, the number of
     instructions grows with the square of the number of leaves.
     """
-    few, more, many = (instructions(method, leaves) for leaves in (4, 8, 16))
+    few, more, many = (instructions(method, leaves) for leaves in (6, 12, 24))
     assert many - more <= 1.05 * 2 * (more - few)
 
 

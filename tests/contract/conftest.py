@@ -17,12 +17,6 @@ SLOW = {"ogr_subspace", "ogr_diagonal_subspace"}
 SLOW |= {method.name for method in optgrad.methods("baselines")}
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "methods_where(predicate=...): run the property for those records only"
-    )
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every registered method, unless a mark restricts a property to some records."""
     if "method" not in metafunc.fixturenames:

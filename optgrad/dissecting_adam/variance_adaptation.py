@@ -159,8 +159,13 @@ def _relative_variance(
 
 
 def _is_zero(mean: chex.Array) -> chex.Array:
-    """Whether the mean is 0 or subnormal, which backends flush to 0 in some operations only."""
-    return jnp.abs(mean) < np.finfo(mean.dtype).tiny
+    """Whether the mean is 0, or what is left of one that has decayed.
+
+    Backends flush subnormal numbers to 0 in some operations only. Where they flush products, a mean
+    no longer decays once (1−β)·m is subnormal, and its sign would go on making steps.
+    """
+    info = np.finfo(mean.dtype)
+    return jnp.abs(mean) < info.tiny * (2**14 if info.bits >= 32 else 1)
 
 
 def _directions(

@@ -32,11 +32,14 @@ SELDOM = {
     "shard_map": {"m_svag", "ogr1dc", "l4_adam", "csawg", "ogr_full"},
 }
 
-# Of the tests that compile a program for each of many variants, the methods take turns: each runs
-# a third, and the variants of neighbours differ. Optax's own methods take turns with all
-# properties: each runs half of them. Whoever changes what all share runs ``--contract all``.
+# Of the tests that compile a program for each of many variants, or a large one, the methods take
+# turns: each runs a third, and the variants of neighbours differ. Optax's own methods, and those of
+# the curvature family, which take longest to compile, take turns with all properties: each runs
+# half of them. Whoever changes what all share runs ``--contract all``.
 DEALT = {"odd_trees", "dtypes", "weak_types", "non_finite_entry", "either_extra_argument"}
-DEALT |= {"low_precision_state", "golden"}
+DEALT |= {"low_precision_state", "golden", "program_size", "sharded_parameters"}
+DEALT |= {"vmap_over_runs", "inject_integers"}
+HALVED = {"baselines", "curvature"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -79,7 +82,7 @@ def _is_dealt(item: pytest.Item) -> bool:
     turn = sum(item.callspec.indices.values())  # the method's number, and those of the variants
     if name in DEALT:
         return turn % 3 == 0
-    return method.family != "baselines" or (turn + zlib.crc32(name.encode())) % 2 == 0
+    return method.family not in HALVED or (turn + zlib.crc32(name.encode())) % 2 == 0
 
 
 def method_of(item: pytest.Item) -> optgrad.Method | None:

@@ -96,6 +96,7 @@ def test_all_around_accumulation_and_averages():
     assert (history.diverged_at == 0).all()
 
 
+@pytest.mark.slow
 def test_it_is_configured_and_drawn(tmp_path):
     """A comparison with both has a picture, and its results folder another metric or two."""
     overrides = {

@@ -60,6 +60,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize(("ours", "theirs"), SETTINGS)
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)

@@ -25,6 +25,13 @@ HOW_TO_GET = (
 )
 
 
+@pytest.fixture(autouse=True)
+def long_runs_are_optimised(request):
+    """They are compared with other processes', bit by bit, and run longer than they compile."""
+    if request.node.get_closest_marker("slow"):
+        request.getfixturevalue("optimised")
+
+
 @pytest.fixture
 def run(monkeypatch):
     """Runs a command in this process; returns the exit code and all that was printed."""

@@ -118,6 +118,7 @@ def test_boxes_are_told_apart():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_3d_beale():
     """The author's 0.00384, within a factor of 1.5 for the mean of several noise seeds."""
     values = geometric_means(optgrad.ogr_full(paper=True), seeds=6)

@@ -1,6 +1,6 @@
 """What the optimizers model, read from their states."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optgrad.core import averages
+
+_State = TypeVar("_State")
 
 
 def diagnostics(state: Any) -> dict[str, chex.Array]:
@@ -74,6 +76,12 @@ def collected(state: Any, name: str) -> dict[str, Any]:
                 key, number = f"{entry}_{number}", number + 1
             found[key] = value
     return found
+
+
+def states_of(state: Any, kind: type[_State]) -> list[_State]:
+    """All states of a kind within a state."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in leaves if isinstance(x, kind)]
 
 
 def _has(state: Any, name: str) -> bool:

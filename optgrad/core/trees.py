@@ -73,9 +73,9 @@ def _sums(arrays: Sequence[chex.Array]) -> tuple[chex.Array, ...]:
     if shards.may_be_divided(*arrays):
         return _sums_of_divided(arrays)
     kept = None
-    if size > _LONG and len(shape) == 1 and (row := _row(size)):
-        return _sums([x.reshape(-1, row) for x in arrays])
     if size > _LONG and len(shape) == 1:
+        if row := _row(size):
+            return _sums([x.reshape(-1, row) for x in arrays])
         whole = size - size % _LONG
         parts = [_sums([x[:whole].reshape(-1, _LONG) for x in arrays])]
         parts += [_sums([x[whole:] for x in arrays])] if whole < size else []

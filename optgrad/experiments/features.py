@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from optgrad import registry
-from optgrad.core import averages, checks, transforms
+from optgrad.core import averages, checks, diagnostics, transforms
 from optgrad.wrappers.guard import GuardState, guard
 from optgrad.wrappers.monitor import monitor, monitored
 from optgrad.wrappers.multi_steps import MultiSteps
@@ -124,18 +124,18 @@ class Features:
         """The parameters to evaluate: their average where one is kept, else they themselves."""
         if not self.ema:
             return params
-        return _found(opt_state, AverageState).average
+        return diagnostics.states_of(opt_state, AverageState)[0].average
 
     def failed(self, opt_state: Any) -> chex.Array:
         """Whether the guard has given up; bool, shape ()."""
-        failed: chex.Array = _found(opt_state, GuardState).failed
+        failed: chex.Array = diagnostics.states_of(opt_state, GuardState)[0].failed
         return failed
 
     def observed(self, opt_state: Any) -> dict[str, chex.Array]:
         """Scalars by name: ``rejected_steps``, and ``monitor/<quantity>/<number>``."""
         scalars: dict[str, chex.Array] = {}
         if self.guard:
-            scalars["rejected_steps"] = _found(opt_state, GuardState).rejected
+            scalars["rejected_steps"] = diagnostics.states_of(opt_state, GuardState)[0].rejected
         if self.monitor:
             for name, summary in monitored(opt_state).items():
                 low, median, high = jnp.moveaxis(summary.quantiles, -1, 0)
@@ -145,12 +145,6 @@ class Features:
                 }  # fmt: skip
                 scalars |= {f"{MONITOR}{name}/{key}": x for key, x in numbers.items()}
         return scalars
-
-
-def _found(opt_state: Any, kind: type) -> Any:
-    """The one state of this kind within what `Features.optimizer` keeps."""
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
-    return next(x for x in leaves if isinstance(x, kind))
 
 
 PLAIN = Features()

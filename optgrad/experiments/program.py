@@ -113,16 +113,14 @@ class Program:
         return state, Losses(self.mean(jax.vmap(self.counted)(losses).sum(axis=0)), losses[0])
 
     def counted(self, loss: chex.Array) -> chex.Array:
-        """A step's loss and 1, or under a guard zeros where it is not finite; shape (2,)."""
-        one = jnp.ones_like(loss)
+        """A step's loss; under a guard the loss and 1, or zeros where it is not finite, (2,)."""
         if not self.features.guard:
-            return jnp.stack([loss, one])
-        return jnp.where(jnp.isfinite(loss), jnp.stack([loss, one]), 0)
+            return loss
+        return jnp.where(jnp.isfinite(loss), jnp.stack([loss, jnp.ones_like(loss)]), 0)
 
-    @staticmethod
-    def mean(total: chex.Array) -> chex.Array:
-        """Of the losses that were `counted` and added up; NaN if none was."""
-        return total[0] / total[1]
+    def mean(self, total: chex.Array) -> chex.Array:
+        """Of an interval's losses, which were `counted` and added up; NaN if none was finite."""
+        return total[0] / total[1] if self.features.guard else total / self.eval_every
 
     def step(
         self, state: RunState, hyperparams: Any, drawn: Any, index: chex.Array, data: Any

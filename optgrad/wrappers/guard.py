@@ -219,11 +219,7 @@ def check_guard(state: Any) -> int:
       optgrad.wrappers.guard.NonFiniteStepsError: max_consecutive steps in a row were not finite; \
 3 of 3 steps were left out, the last 3 in a row
     """
-    guards = [
-        x
-        for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, GuardState))
-        if isinstance(x, GuardState)
-    ]
+    guards = diagnostics.states_of(state, GuardState)
     if not guards:
         raise ValueError("state has no guard in it; accepted: a state of optgrad.guard(...)")
     left_out = 0

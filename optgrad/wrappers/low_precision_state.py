@@ -1,6 +1,6 @@
 """The state of any transformation in 16 bits, between its steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -13,7 +13,6 @@ from optgrad.core import checks, rewriting
 from optgrad.core import rounding as rounding_lib
 
 ROUNDINGS = ("stochastic", "nearest")
-RoundLeaf = Callable[[int, chex.Array], chex.Array]  # (number of a leaf, leaf) -> in bfloat16
 
 
 class LowPrecisionState(NamedTuple):
@@ -113,7 +112,7 @@ def low_precision_state(
     tx = optax.with_extra_args_support(inner)
     kept = tuple(keep) if keep is not None else _wide_in_registry()
 
-    def rounding_at(count: chex.Array, narrow: Sequence[int]) -> RoundLeaf:
+    def rounding_at(count: chex.Array, narrow: Sequence[int]) -> rewriting.Replace:
         if rounding == "nearest" or not narrow:
             return lambda leaf, x: x.astype(jnp.bfloat16)
         rows = {leaf: row for row, leaf in enumerate(narrow)}

@@ -4,7 +4,6 @@ Recorded by ``pytest tests/contract/test_golden.py -m "slow or not slow" --recor
 records them again says in the change log why numbers are others.
 """
 
-import functools
 import json
 from pathlib import Path
 
@@ -29,7 +28,6 @@ def rosenbrock(params, example):
     return 0.5 * ((1.0 - x) ** 2 + 10.0 * jnp.sum(jnp.square(y - x**2)))
 
 
-@functools.cache
 def golden_problem(name):
     generator = np.random.default_rng(7)
     if name == "quadratic":
@@ -61,7 +59,6 @@ def trajectory(method, name):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_golden(method, name, request):
     """Fifty steps in float64 are those on record."""
-    golden_problem.cache_clear()
     found = trajectory(method, name)
     recorded = json.loads(FILE.read_text()) if FILE.exists() else {}
     if request.config.getoption("--record-golden"):

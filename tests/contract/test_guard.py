@@ -1,8 +1,11 @@
 """Every method under `optgrad.guard`: a step that is not finite leaves no trace."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optgrad
@@ -16,7 +19,7 @@ def guarded_run(method, spoilt=None):
     """Four steps, and before some of them one whose batch, gradient or loss is not finite."""
     single = problem.standard()
     optimizer = optgrad.guard(problem.create(method))
-    update = guarded_update(method, optimizer)
+    update = guarded_update(method.name)
     params, state = single.params, optimizer.init(single.params)
     for t in range(problem.STEPS):
         grad, extras = problem.arrays(method, single.loss_fn, params, single.batch(t))
@@ -25,19 +28,15 @@ def guarded_run(method, spoilt=None):
             given.insert(0, spoil(spoilt, grad, extras, BAD[t + 1]))
         for gradient, arrays in given:
             updates, state = update(gradient, state, params, arrays, single.batch(t))
-            params = jax.tree.map(lambda x, y: x + y, params, updates)
+            params = optax.apply_updates(params, updates)
     return params, state
 
 
-_UPDATES = {}
-
-
-def guarded_update(method, optimizer):
+@functools.lru_cache(maxsize=1)
+def guarded_update(method_name):
     """Compiled once for all runs of a method."""
-    if method.name not in _UPDATES:
-        _UPDATES.clear()
-        _UPDATES[method.name] = jax.jit(problem.make_update(method, optimizer))
-    return _UPDATES[method.name]
+    method = optgrad.get_method(method_name)
+    return jax.jit(problem.make_update(method, optgrad.guard(problem.create(method))))
 
 
 def spoil(what, grad, extras, number):

@@ -155,7 +155,8 @@ def test_single_planning(x64, window, low, high):
     starts = jnp.asarray(START + 1e-14 * np.arange(9)[:, None])
     planned = final_errors(optgrad.csawg(1e-3, window, paper=True), starts)
     plain = final_errors(optax.sgd(1e-3), starts)
-    assert low <= np.median(plain / planned) <= high
+    gains = np.where(np.isfinite(planned), plain / planned, 0)
+    assert low <= np.median(gains) <= high
 
 
 @pytest.mark.parametrize(("window", "outer", "evaluations"), [(2, 334, 500), (10, 740, 813)])

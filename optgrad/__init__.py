@@ -5,6 +5,7 @@ from optgrad.core.diagnostics import diagnostics, per_parameter
 from optgrad.core.gauss_newton import gauss_newton_diagonal
 from optgrad.core.layer_statistics import LayerStatistics, layer_statistics
 from optgrad.core.oracles import gradient_variance, per_example_grads, value_grad_and_variance
+from optgrad.core.saved_state import SavedStateError, state_from_dict, state_to_dict
 from optgrad.curvature import (
     bfgs,
     damped_newton,
@@ -114,6 +115,7 @@ __all__ = [
     "MultiSteps",
     "MultiStepsState",
     "NonFiniteStepsError",
+    "SavedStateError",
     "StepInfo",
     "TrainingStep",
     "Tunable",
@@ -205,6 +207,8 @@ __all__ = [
     "scale_by_truncated_newton",
     "sps",
     "ssd",
+    "state_from_dict",
+    "state_to_dict",
     "svag",
     "tonga",
     "truncated_newton",

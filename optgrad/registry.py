@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import checks, transforms
+from optgrad.core import averages, checks, transforms
 
 # What `update` may take beyond gradients, state and parameters' values: one vocabulary for all.
 EXTRAS: Mapping[str, str] = {
@@ -266,9 +266,7 @@ def inject(name: str, **hyperparams: Any) -> optax.GradientTransformationExtraAr
 
     def injected(tree: chex.ArrayTree) -> optax.GradientTransformationExtraArgs:
         dtypes = [x.dtype for x in map(jnp.asarray, jax.tree.leaves(tree))]
-        dtype = jnp.result_type(
-            jnp.float32, *[d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
-        )
+        dtype = averages.widest_dtype(*[d for d in dtypes if jnp.issubdtype(d, jnp.floating)])
         wrapped = optax.inject_hyperparams(
             method.factory, static_args=method.static_args, hyperparam_dtype=dtype
         )

@@ -26,6 +26,7 @@ these formulas; every κ lies in (0, 1], so mean and moments remain those of one
 sum to 1. Initial statistics that count as a full prior have :math:`s = 1` and κ = 1 − β throughout.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -128,7 +129,14 @@ def full_like_average(
 
 def average_dtype(x: Any) -> Any:
     """The type in which averages of ``x`` are kept: its own, but at least float32."""
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+    dtype = jnp.result_type(x)
+    is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    return jnp.dtype(jnp.float32) if is_narrow else jnp.promote_types(dtype, jnp.float32)
+
+
+def widest_dtype(*leaves: Any) -> Any:
+    """The widest type in which averages of any of these are kept: at least float32."""
+    return functools.reduce(jnp.promote_types, map(average_dtype, leaves), jnp.dtype(jnp.float32))
 
 
 def update_mean(
@@ -146,7 +154,7 @@ def update_mean(
     """
 
     def update(m: chex.Array, x: chex.Array) -> chex.Array:
-        dtype = jnp.promote_types(m.dtype, jnp.float32)
+        dtype = average_dtype(m)
         wide, x = m.astype(dtype), jnp.asarray(x, dtype)
         new, old = weights.new.astype(dtype), weights.old.astype(dtype)
         # From whichever end is nearer: with κ = 1 the mean is x whatever came before.
@@ -201,7 +209,7 @@ def update_covariance(  # noqa: PLR0917  the order of the formula: c, x, m, y, n
     def update(
         c: chex.Array, x: chex.Array, m: chex.Array, y: chex.Array, n: chex.Array
     ) -> chex.Array:
-        dtype = jnp.promote_types(c.dtype, jnp.float32)
+        dtype = average_dtype(c)
         deviation_x = jnp.asarray(x, dtype) - m.astype(dtype)
         deviation_y = jnp.asarray(y, dtype) - n.astype(dtype)
         old, new = weights.old.astype(dtype), weights.deviation.astype(dtype)
@@ -231,7 +239,7 @@ def update_sum(
     """
 
     def update(s: chex.Array, x: chex.Array) -> chex.Array:
-        dtype = jnp.promote_types(s.dtype, jnp.float32)
+        dtype = average_dtype(s)
         kept = _times(jnp.asarray(decay, dtype), s.astype(dtype))
         return (kept + jnp.asarray(x, dtype)).astype(s.dtype)
 

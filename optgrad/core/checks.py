@@ -131,3 +131,32 @@ def check_count(name: str, value: Any, low: int) -> None:
         raise TypeError(f"{name} = {value!r} is not an integer; accepted: an integer ≥ {low}")
     if value < low:
         raise ValueError(f"{name} = {value} is not accepted; accepted: an integer ≥ {low}")
+
+
+def check_real_leaves(name: str, tree: Any) -> None:
+    """Raises ``TypeError`` unless all leaves of ``tree`` are real floating-point numbers.
+
+    Examples:
+      >>> check_real_leaves("params", {"steps": 3})
+      Traceback (most recent call last):
+      ...
+      TypeError: params['steps'] has the type int32; accepted: real floating-point numbers. \
+    Leave other leaves to optax.masked, optax.partition or optgrad.on_subtree
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        try:
+            dtype: Any = jnp.result_type(leaf)
+        except TypeError:
+            dtype = type(leaf).__name__
+        if isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.floating):
+            continue
+        advice = "Leave other leaves to optax.masked, optax.partition or optgrad.on_subtree"
+        if isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.complexfloating):
+            advice = (
+                "For complex parameters wrap the method in optax.contrib.split_real_and_imaginary, "
+                "and hand it conjugated gradients of jax.grad"
+            )
+        raise TypeError(
+            f"{name}{jax.tree_util.keystr(path)} has the type {dtype}; accepted: real "
+            f"floating-point numbers. {advice}"
+        )

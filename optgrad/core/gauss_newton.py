@@ -9,7 +9,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import averages, oracles, transforms, trees
+from optgrad.core import averages, linalg, oracles, transforms, trees
 
 ModelFn = Callable[[Any, Any], Any]
 OutputLossFn = Callable[[Any, Any], chex.Array]
@@ -105,5 +105,5 @@ def _diagonal(
 
 def _factor(hessian: chex.Array) -> chex.Array:
     """S with S·Sᵀ = H, for a matrix that may be singular (that of a softmax is)."""
-    values, vectors = jnp.linalg.eigh(hessian)
+    values, vectors = linalg.eigh(hessian)
     return vectors * jnp.sqrt(jnp.maximum(values, 0.0))

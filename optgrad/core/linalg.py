@@ -243,12 +243,21 @@ def extend(space: Subspace, product: Product, x: chex.ArrayTree) -> Subspace:
 def eigh(matrix: chex.Array) -> tuple[chex.Array, chex.Array]:
     """Eigenvalues (ascending) and eigenvectors (columns) of the symmetric part of a matrix.
 
-    A matrix that is not finite has eigenvalues NaN, without an error in the factorisation.
+    A matrix that is not finite has eigenvalues NaN, without an error in the factorisation. Of a
+    finite one whose entries differ by more than twelve powers of ten LAPACK may return NaN, too
+    (in float32, as XLA calls it): what is so far below its error counts as 0.
+
+    Args:
+      matrix: shape (…, d, d).
     """
-    finite = jnp.all(jnp.isfinite(matrix))
+    finite = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
     safe = jnp.where(finite, matrix, jnp.zeros_like(matrix))
-    values, vectors = jnp.linalg.eigh(0.5 * (safe + safe.T), symmetrize_input=False)
-    return jnp.where(finite, values, jnp.nan), vectors
+    safe = 0.5 * (safe + jnp.swapaxes(safe, -2, -1))
+    largest = jnp.max(jnp.abs(safe), axis=(-2, -1), keepdims=True, initial=0.0)
+    negligible = 0.01 * np.finfo(safe.dtype).eps * largest
+    safe = jnp.where(jnp.abs(safe) > negligible, safe, 0.0)
+    values, vectors = jnp.linalg.eigh(safe, symmetrize_input=False)
+    return jnp.where(finite[..., 0], values, jnp.nan), vectors
 
 
 # --- conjugate gradients ----------------------------------------------------------------------

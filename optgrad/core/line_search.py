@@ -97,9 +97,7 @@ def with_safe_linesearch(
 
     def init(params: optax.Params) -> SafeLineSearchState:
         count = jnp.zeros((), jnp.int32)
-        searching: Any = ()
-        if jax.tree.leaves(params):
-            searching = search_at(count).init(_of_one_type(params, params))
+        searching = _init_search(search_at(count), params)
         return SafeLineSearchState(
             count,
             direction.init(params),
@@ -227,9 +225,22 @@ def _search(  # noqa: PLR0917  what a line search takes
     return transforms.cast_like(found, params), _strongly_typed(searched)
 
 
+def _init_search(search: LineSearch, params: optax.Params) -> Any:
+    """The search's state; optax's own has none for parameters without leaves.
+
+    Those get what another tree would, with themselves in the place of what is like it: so
+    `optax.tree_map_params` tells that.
+    """
+    if jax.tree.leaves(params):
+        return search.init(_of_one_type(params, params))
+    stand_in = jnp.zeros((2, 3, 5), averages.scalar_dtype())
+    found = search.init(stand_in)
+    return jax.tree.map(lambda x: params if jnp.shape(x) == stand_in.shape else x, found)
+
+
 def _of_one_type(tree: Any, params: optax.Params) -> Any:
     """All leaves in the widest type of the parameters, since optax's searches mix them."""
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    dtype = averages.widest_dtype(*jax.tree.leaves(params))
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
 
 

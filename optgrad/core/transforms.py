@@ -12,6 +12,22 @@ from optgrad.core import averages, checks, leafwise
 _Tree = TypeVar("_Tree")
 
 
+def transformation(
+    init: optax.TransformInitFn, update: optax.TransformUpdateExtraArgsFn
+) -> optax.GradientTransformationExtraArgs:
+    """A method's transformation: ``init`` refuses parameters that are not real numbers.
+
+    Raises:
+      TypeError: by ``init``, for integers, bools and complex numbers; it names the leaf.
+    """
+
+    def checked(params: optax.Params) -> optax.OptState:
+        checks.check_real_leaves("params", params)
+        return init(params)
+
+    return optax.GradientTransformationExtraArgs(checked, update)
+
+
 def with_learning_rate(
     direction: optax.GradientTransformation, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:

@@ -110,7 +110,7 @@ def scale_by_bfgs(*, max_size: int = _LARGEST) -> optax.GradientTransformationEx
         rejected = trial.counted_unless(finite, state.rejected)
         return updates, linalg.where(finite, new, state)._replace(rejected=rejected)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _with_pair(

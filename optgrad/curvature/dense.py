@@ -140,7 +140,7 @@ def dense_newton(
         )
         return found, new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _step(

@@ -106,7 +106,7 @@ def scale_by_diagonal_gauss_newton(
         new = DiagonalGaussNewtonState(count, key, state.cost + COST, curvature)
         return transforms.cast_like(steps, params), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def diagonal_gauss_newton(

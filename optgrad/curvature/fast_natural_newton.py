@@ -127,7 +127,7 @@ def scale_by_fast_natural_newton(
         )
         return trial.taken(valid, found), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def fast_natural_newton(

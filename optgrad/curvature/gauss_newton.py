@@ -160,7 +160,7 @@ def scale_by_gauss_newton(
             step.iterations,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 register(

@@ -160,7 +160,7 @@ def implicit_euler(
             end.iterations,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 class _Proximal(NamedTuple):

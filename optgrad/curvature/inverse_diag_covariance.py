@@ -99,7 +99,7 @@ def scale_by_inverse_diag_covariance(
         found = jax.tree.map(lambda g, c: _shrunk_entry(g, c, scale), updates, new.variance)
         return transforms.cast_like(found, updates if params is None else params), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _with_sample(past: DiagonalState, x: optax.Updates, decay: chex.Numeric) -> DiagonalState:

@@ -237,7 +237,7 @@ def kfac(
             fallback=linalg.where(step.accepted, fallback_state, state.fallback),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _functions(value_fn: Any, outputs_fn: Any, out_loss_fn: Any) -> kfac_steps.Functions:

@@ -88,7 +88,7 @@ def scale_by_kfac(
         scaled = kfac_layers.joined(found, direction, remaining, params)
         return trial.taken(finite, scaled), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def check_arguments(damping: Any, decay: Any, period: Any) -> None:

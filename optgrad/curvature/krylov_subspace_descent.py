@@ -202,7 +202,7 @@ def krylov_subspace_descent(
         )
         return tried.updates, new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 _BUILDER = "optgrad.curvature_args(loss_fn, outputs=…, out_loss=…)"

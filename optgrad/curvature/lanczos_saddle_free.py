@@ -276,7 +276,7 @@ def _transformation(
         )
         return found, new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 register(

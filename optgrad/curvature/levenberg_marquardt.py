@@ -184,7 +184,7 @@ def levenberg_marquardt(
             iterations=step.iterations,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _rescaled(rule: str, ratio: chex.Array, growth: chex.Array) -> tuple[chex.Array, chex.Array]:

@@ -113,7 +113,7 @@ def scale_by_natural_gradient(
         )
         return transforms.cast_like(found.vector, like), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def natural_gradient(

@@ -83,7 +83,7 @@ def direction(solver: Solver, damping: Any) -> optax.GradientTransformationExtra
             linalg.where(finite, solver.remembered(found), state.previous),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 # --- steps that are tried -----------------------------------------------------------------------
@@ -206,4 +206,4 @@ def guarded(
             previous=solver.remembered(taken),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)

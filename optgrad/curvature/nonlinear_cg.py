@@ -105,7 +105,7 @@ def scale_by_nonlinear_cg(
         rejected = trial.counted_unless(finite, state.rejected)
         return updates, linalg.where(finite, new, state)._replace(rejected=rejected)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 class _Products(NamedTuple):

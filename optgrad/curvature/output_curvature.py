@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optgrad.core import shards, trees
+from optgrad.core import linalg, shards, trees
 
 LOSSES = ("general", "softmax", "squared")
 
@@ -83,6 +83,6 @@ def _general(
     axes = jnp.eye(signs.shape[-1], dtype=signs.dtype)
     columns = jax.vmap(lambda axis: probe * product(probe * axis))(axes)  # C, rows, C
     blocks = jnp.moveaxis(columns, 0, -1)
-    values, vectors = jnp.linalg.eigh(blocks)
+    values, vectors = linalg.eigh(blocks)
     roots = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]
     return jnp.einsum("...ij,...j->...i", roots, signs, precision=jax.lax.Precision.HIGHEST)

@@ -126,7 +126,7 @@ def runge_kutta(
             state.cost + float(len(weights)),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _displaced(

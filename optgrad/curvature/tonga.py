@@ -102,7 +102,7 @@ def scale_by_tonga(
         )
         return transforms.cast_like(found.vector, like), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def tonga(

@@ -61,7 +61,7 @@ def attempt(
 
 def rounding(value: chex.Array, params: optax.Params) -> float:
     """Of a loss, by its type and by the parameters': float32 ones in 64-bit mode too."""
-    widest = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    widest = averages.widest_dtype(*jax.tree.leaves(params))
     infos: list[Any] = [jnp.finfo(d) for d in (value.dtype, widest)]  # type: ignore[no-untyped-call]
     return max(float(info.eps) for info in infos)
 

@@ -41,7 +41,7 @@ def scale_by_m_ssd(
         state = ScaleByMSsdState(optax.safe_increment(state.count), momentum)
         return transforms.cast_like(sign, updates if params is None else params), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def m_ssd(

@@ -23,7 +23,7 @@ def scale_by_ssd() -> optax.GradientTransformationExtraArgs:
         sign = leafwise.tree_map(jnp.sign, updates)
         return transforms.cast_like(sign, updates if params is None else params), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return transforms.transformation(optax.init_empty_state, update)
 
 
 def ssd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:

@@ -174,7 +174,7 @@ def _directions(
     """``direction`` of every leaf, computed in at least float32, in the types of ``like``."""
 
     def one(*leaves: chex.Array) -> chex.Array:
-        dtype = jnp.result_type(jnp.float32, *leaves[1:])  # that of the averages
+        dtype = averages.widest_dtype(*leaves[1:])  # that of the averages
         gradient, mean, variance = (leaf.astype(dtype) for leaf in leaves)
         return direction(gradient, mean, variance, multiplier)
 
@@ -218,7 +218,7 @@ def from_moving_moments(
         like = updates if params is None else params
         return _directions(direction, multiplier, like, updates, state.mean, state.variance), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def from_minibatch_variance(
@@ -259,7 +259,7 @@ def from_minibatch_variance(
         like = updates if params is None else params
         return _directions(direction, one, like, updates, momentum, variance), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _minibatch_variance(

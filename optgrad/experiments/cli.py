@@ -1,4 +1,4 @@
-"""The command line: list, show, problems, compare, resume, report, reproduce and bench."""
+"""The command line: list, show, problems, compare, resume, soak, report, reproduce and bench."""
 
 import contextlib
 from collections.abc import Iterator
@@ -164,6 +164,33 @@ def resume(  # noqa: PLR0917  typer reads the options from the signature
         # Results that are there are earlier ones that were to be replaced, or already its own.
         results.check_destination(destination, overwrite=True)
         _run_study(settings, destination, journal, overwrite=True)
+
+
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(min=0, help="How long studies begin.")] = 20.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+) -> None:
+    """Kill and resume random studies, and check that nothing is lost.
+
+    Example: optgrad soak --minutes 20
+    """
+    import tempfile  # noqa: PLC0415
+
+    from optgrad.experiments import soak as lib  # noqa: PLC0415
+
+    folder = Path(tempfile.mkdtemp(prefix="optgrad-soak-"))
+    try:
+        found = lib.soak(minutes, seed, folder, lambda line: terminal.console.print(
+            line, markup=False, highlight=False, soft_wrap=True))  # fmt: skip
+    except lib.LostError as error:  # what was found stays there
+        raise terminal.refuse(error) from None
+    folder.rmdir()
+    terminal.console.print(
+        f"{found.kills} kills in {found.studies} studies, {found.seconds / 60:.1f} minutes: "
+        "all metrics bit-identical, nothing left behind",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 app.command("report")(cli_report.report)

@@ -506,29 +506,48 @@ def _not_found_message(
 def _fetch(
     archive: str, digest: str, urls: Sequence[str], folder: Path, problems: list[str]
 ) -> Path | None:
-    """Downloads one archive into a folder; ``None``, with the reasons added, if no mirror can."""
+    """Downloads one archive into a folder; ``None``, with the reasons added, if no mirror can.
+
+    After a broken connection it goes on where that ended. What a server that begins anew, or lies
+    about where it goes on, makes of it has a wrong digest, and is fetched as a whole again.
+    """
     pooch = _import_extra("pooch")
-    downloader = pooch.HTTPDownloader(
-        progressbar=importlib.util.find_spec("tqdm") is not None,
-        timeout=_TIMEOUT,
+    arrived = folder / "arrived"
+
+    def download(url: str, output: str, caller: Any) -> None:
         # Some servers declare a .gz file as gzip *encoding*; it would arrive decompressed then.
-        headers={"Accept-Encoding": "identity"},
-    )
+        headers = {"Accept-Encoding": "identity"}
+        if beginning := _size(arrived):
+            headers["Range"] = f"bytes={beginning}-"
+        with_bar = importlib.util.find_spec("tqdm") is not None
+        get = pooch.HTTPDownloader(progressbar=with_bar, timeout=_TIMEOUT, headers=headers)
+        with open(arrived, "ab") as file:
+            get(url, file, caller)
+        arrived.replace(output)
+
     for url in urls:
         for attempt in range(_ATTEMPTS):
             time.sleep(_WAIT * attempt)
+            goes_on = _size(arrived) > 0
             try:
                 return Path(
                     pooch.retrieve(
-                        url + archive, digest, fname=archive, path=folder, downloader=downloader
+                        url + archive, digest, fname=archive, path=folder, downloader=download
                     )
                 )
             except (OSError, ValueError) as error:
                 reason = str(error)
                 if _is_final(error):
-                    break
+                    arrived.unlink(missing_ok=True)
+                    if not goes_on:
+                        break
+        arrived.unlink(missing_ok=True)
         problems.append(f"{url}{archive}: {reason}")
     return None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _is_final(error: Exception) -> bool:

@@ -240,7 +240,7 @@ def adaptive_sgd(
         )
         return updates, AdaptiveSGDState(count, moved, *vectors)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _check_epsilon(epsilon: Any, lr_max: Any) -> None:

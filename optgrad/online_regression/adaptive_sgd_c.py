@@ -241,7 +241,7 @@ def adaptive_sgd_c(
         last = adapted[0] if adapted else None
         return updates, AdaptiveSGDcState(count, moved, mean, variance, covariance, last)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _adapted(

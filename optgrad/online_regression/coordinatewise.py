@@ -83,7 +83,7 @@ def init_position(
     def stored(param: chex.Array) -> chex.Array:
         kind = dtype or averages.average_dtype(param)
         if form == "mean":  # never below float32
-            kind = jnp.promote_types(kind, jnp.float32)
+            kind = averages.average_dtype(kind)
         is_param = at_origin != (form == "mean")
         return jnp.array(param, kind, copy=True) if is_param else jnp.zeros_like(param, kind)
 
@@ -126,7 +126,7 @@ def update_coordinates(
         dtype = averages.average_dtype(theta)
 
         def wide(x: chex.Array) -> chex.Array:
-            return x.astype(jnp.promote_types(x.dtype, dtype))
+            return x.astype(averages.widest_dtype(x, theta))
 
         none = jnp.zeros((), dtype)
         sample = Sample(g.astype(dtype), none, none, skip)

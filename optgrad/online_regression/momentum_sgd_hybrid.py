@@ -58,7 +58,7 @@ def scale_by_momentum_sgd_hybrid(
         new = MomentumSGDHybridState(optax.safe_increment(state.count), means)
         return transforms.cast_like(directions, updates if params is None else params), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def momentum_sgd_hybrid(

@@ -143,11 +143,14 @@ class Mix(NamedTuple):
     """The new direction a·v + b·v̂, coefficients of shape () or (leaves,)."""
 
     momentum: chex.Array  # a
-    direction: chex.Array  # b
+    direction: chex.Array  # b, 0 or 1
 
     def __call__(self, of_momentum: chex.Array, of_direction: chex.Array) -> chex.Array:
-        """Inner product with the new direction, from those with v and with the old v̂."""
-        return self.momentum * of_momentum + self.direction * of_direction
+        """Inner product with the new direction, from those with v and with the old v̂.
+
+        Selected, not summed: a product with a v that was not taken may be infinite.
+        """
+        return jnp.where(self.direction > 0, of_direction, self.momentum * of_momentum)
 
 
 def refresh(do: chex.Array, vv: chex.Array, vd: chex.Array) -> Mix:
@@ -173,7 +176,7 @@ def mix_directions(mix: Mix, momentum: optax.Updates, direction: optax.Updates) 
     """The new direction, with the types of the old one."""
 
     def one(v: chex.Array, d: chex.Array, a: chex.Array, b: chex.Array) -> chex.Array:
-        # Selected, not summed: b is 0 or 1, and a direction that was not refreshed keeps its bits.
+        # Selected: a direction that was not refreshed keeps its bits.
         refreshed = a.astype(d.dtype) * v.astype(d.dtype)
         return jnp.where(b > 0, d, refreshed)
 
@@ -397,7 +400,7 @@ def turning_direction(
             step=jnp.where(warming_up, coefficient * momentum_along, step),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _difference(x: chex.Array, y: chex.Array) -> chex.Array:

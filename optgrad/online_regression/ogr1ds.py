@@ -206,7 +206,7 @@ def ogr1ds(
             step=jnp.where(warming_up, 0.0, step),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _select(condition: chex.Array, new: Parabola, old: Parabola) -> Parabola:

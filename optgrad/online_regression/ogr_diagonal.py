@@ -205,7 +205,7 @@ def ogr_diagonal(
         last = None if gamma is None else momentum[0]
         return updates, OGRDiagonalState(count, moved, mean, variance, covariance, last)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 register(

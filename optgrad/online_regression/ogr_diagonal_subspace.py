@@ -235,7 +235,7 @@ def ogr_diagonal_subspace(
         steps = subspace.after(steps, basis)
         return transforms.cast_like(steps, params), transforms.cast_like(new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _at(value: Any, count: chex.Array) -> chex.Array:

@@ -171,7 +171,7 @@ def ogr_full(
         if correlation_one:
             second = parabola.update_gradient_covariance(second, g, model.mean_gradient, weights)
         momentum = averages.update_mean(state.momentum, g, momentum_weights)
-        curvatures, vectors = jnp.linalg.eigh(_hessian(model, second, at(ridge)))
+        curvatures, vectors = linalg.eigh(_hessian(model, second, at(ridge)))
         rates = subspace_model.step_sizes(curvatures, at(alpha), at(lr_max))
         step = -subspace.matmul(vectors, rates * subspace.matmul(vectors.T, momentum))
         norm = jnp.linalg.norm(step)
@@ -182,7 +182,7 @@ def ogr_full(
         new = OGRFullState(count, model, second, momentum, norm)
         return _unravel(step, params), transforms.cast_like(new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _hessian(

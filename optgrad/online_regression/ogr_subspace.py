@@ -179,7 +179,7 @@ def ogr_subspace(
         del extra
         return _update(o, updates, state, transforms.require_params(params))
 
-    return optax.GradientTransformationExtraArgs(functools.partial(_init, o), update)
+    return transforms.transformation(functools.partial(_init, o), update)
 
 
 class _Options(NamedTuple):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optgrad.core import averages, checks
+from optgrad.core import averages, checks, linalg
 
 REFERENCE = 'J. Duda, "SGD momentum optimizer with step estimation by online parabola model", 2019'
 FOLLOW_UP = (
@@ -278,7 +278,7 @@ def hessian(
         raise ValueError(f"gradient_covariance = None; estimator = {estimator!r} needs it")
     if estimator == "elementwise":
         return jnp.sqrt(gradient_covariance / position_covariance)
-    eigenvalues, vectors = jnp.linalg.eigh(position_covariance)
+    eigenvalues, vectors = linalg.eigh(position_covariance)
     # What rounding left below 0 counts as 0; a direction without any spread has no curvature.
     floor = ridge * jnp.mean(jnp.diagonal(position_covariance))
     rounding = 10 * eigenvalues.shape[0] * np.finfo(eigenvalues.dtype).eps
@@ -299,7 +299,7 @@ def hessian(
     half = _matmul(vectors * root, vectors.T)
     inverse = _matmul(vectors * _divide(jnp.ones(()), root), vectors.T)
     product = _matmul(half, second / of_gradients, half)
-    inner, inner_vectors = jnp.linalg.eigh(product)
+    inner, inner_vectors = linalg.eigh(product)
     middle = _matmul(inner_vectors * jnp.sqrt(jnp.maximum(inner, 0.0)), inner_vectors.T)
     return jnp.sqrt(of_gradients) / jnp.sqrt(of_positions) * _matmul(inverse, middle, inverse)
 

@@ -162,7 +162,7 @@ def follow_principal_components(basis: Basis, found: Residual, rate: chex.Numeri
     normal = moments / jnp.where(scale > 0, scale, 1.0)
     # The axis of a residual that is zero is no direction: it is what is dropped.
     normal = normal.at[d, d].add(jnp.where(found.norm > 0, 0.0, -1.0))
-    least = jnp.linalg.eigh(normal)[1][:, 0]
+    least = linalg.eigh(normal)[1][:, 0]
 
     filling = basis.filled < d
     grown = filling & (found.norm > 0)

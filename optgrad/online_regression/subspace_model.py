@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, leafwise, trees
+from optgrad.core import averages, leafwise, linalg, trees
 from optgrad.online_regression import parabola, subspace
 
 STEPS = ("regression", "momentum", "last_point")
@@ -144,7 +144,7 @@ def principal_axes(model: Model, filled: chex.Array, ridge: chex.Numeric) -> che
     missing = jnp.arange(hessian.shape[0]) >= filled
     largest = jnp.max(jnp.abs(hessian))
     beyond = 4 * hessian.shape[0] * jnp.where(largest > 0, largest, 1.0)
-    vectors = jnp.linalg.eigh(hessian + jnp.diag(jnp.where(missing, beyond, 0.0)))[1]
+    vectors = linalg.eigh(hessian + jnp.diag(jnp.where(missing, beyond, 0.0)))[1]
     return vectors.T
 
 
@@ -163,7 +163,7 @@ def step_inside(
     if not full:
         curvatures = diagonal_curvatures(model, ridge)
         return modelled_step(model, at, curvatures, **options), curvatures
-    curvatures, vectors = jnp.linalg.eigh(model_hessian(model, ridge))
+    curvatures, vectors = linalg.eigh(model_hessian(model, ridge))
     axes = vectors.T
     turned = Coordinates(*(subspace.matmul(axes, x) for x in at))
     y = modelled_step(transport_model(model, axes), turned, curvatures, **options)

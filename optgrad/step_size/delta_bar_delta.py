@@ -117,7 +117,7 @@ def delta_bar_delta(
         def rule(
             gradient: chex.Array, rate: chex.Array, average: chex.Array
         ) -> tuple[chex.Array, ...]:
-            dtype = jnp.promote_types(rate.dtype, jnp.float32)
+            dtype = averages.average_dtype(rate)
             g, e, bar = (x.astype(dtype) for x in (gradient, rate, average))
             agreement = jnp.sign(bar) * jnp.sign(g)  # the product may underflow
             grown, shrunk = e + jnp.asarray(growth, dtype), e * jnp.asarray(1 - loss, dtype)
@@ -131,7 +131,7 @@ def delta_bar_delta(
         count = optax.safe_increment(state.count)
         return transforms.cast_like(steps, like), DeltaBarDeltaState(count, rate, average)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 register(

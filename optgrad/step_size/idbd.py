@@ -137,7 +137,7 @@ def idbd(
         def rule(
             gradient: chex.Array, c: chex.Array, rate: chex.Array, trace: chex.Array
         ) -> tuple[chex.Array, ...]:
-            dtype = jnp.promote_types(rate.dtype, jnp.float32)
+            dtype = averages.average_dtype(rate)
             g, c, alpha, h = (x.astype(dtype) for x in (gradient, c, rate, trace))
             bound = jnp.asarray(most, dtype)
             change = jnp.clip(-(jnp.asarray(speed, dtype) * g) * h, -bound, bound)
@@ -156,7 +156,7 @@ def idbd(
         count = optax.safe_increment(state.count)
         return transforms.cast_like(steps, like), IDBDState(count, rate, trace)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _largest(dtype: Any) -> float:

@@ -159,4 +159,4 @@ def along(
         new = L4State(count, state.skipped, min_loss, step, mean, inner)
         return moved, loss_based.kept_unless(taken, new, old)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)

@@ -71,7 +71,7 @@ def along_gradient(rule: Rule) -> optax.GradientTransformationExtraArgs:
         like = updates if params is None else params
         return descend(updates, step, taken, like), kept_unless(taken, new, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def quotient(numerator: chex.Array, denominator: chex.Array) -> chex.Array:

@@ -148,7 +148,7 @@ def lossgrad(
         losses = _Losses(transforms.require_value(value), value_fn)
         return step(rule, updates, state, params, losses)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 class _Losses(NamedTuple):

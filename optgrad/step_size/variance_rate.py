@@ -262,5 +262,5 @@ def _limited(rate: chex.Array, cap: chex.Numeric | None) -> chex.Array:
 
 def _wide(*leaves: chex.Array) -> list[chex.Array]:
     """The leaves in their widest type, at least float32."""
-    dtype = jnp.result_type(jnp.float32, *leaves)
+    dtype = averages.widest_dtype(*leaves)
     return [x.astype(dtype) for x in leaves]

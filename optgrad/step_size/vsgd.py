@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from optgrad.core import leafwise
+from optgrad.core import leafwise, transforms
 from optgrad.registry import Method, Tunable, register
 from optgrad.step_size import coordinates, variance_rate
 from optgrad.step_size.variance_rate import Sample, Settings, VSGDState
@@ -113,7 +113,7 @@ def vsgd(
         sample = Sample(updates, leafwise.tree_map(jnp.abs, curvature), within, examples)
         return variance_rate.advance(sample, state, params, settings)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 register(

@@ -130,14 +130,14 @@ def vsgd_fd(
             state.mean_gradient,
             params,
         )
-        probed = transforms.cast_like(optax.apply_updates(params, moves), params)
+        probed = leafwise.tree_map(lambda p, m: (trees.wide(p) + m).astype(p.dtype), params, moves)
         second = jax.grad(value_fn)(probed)
         curvature = leafwise.tree_map(_quotient, second, gradient, moves, state.mean_curvature)
         return variance_rate.advance(
             Sample(updates, curvature, within, examples), state, params, settings
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 def _probe(direction: chex.Array, param: chex.Array, floor: chex.Numeric) -> chex.Array:

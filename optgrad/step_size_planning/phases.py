@@ -172,7 +172,7 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
             s = s._replace(base=_where(online | corrects, base_state, s.base))
 
         def ordinary(theta: chex.Array, d: chex.Array) -> chex.Array:
-            step = -jnp.asarray(rate, averages.average_dtype(theta)) * d
+            step = -jnp.asarray(rate, averages.average_dtype(theta)) * trees.wide(d)
             return step.astype(theta.dtype)
 
         steps = taken_for_granted = leafwise.tree_map(ordinary, params, direction)
@@ -220,7 +220,7 @@ def plan_steps(  # noqa: PLR0915  a machine reads best in one piece
         waits = online | (s.is_pending & (not is_lagged) & ~(acts | restores))
         return steps, s._replace(is_pending=waits & options.read_back)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transforms.transformation(init, update)
 
 
 class _Kind(NamedTuple):

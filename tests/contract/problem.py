@@ -190,7 +190,8 @@ class Problem:
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # Types of 8 bits have no promotion.
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32) if x.dtype.itemsize > 1 else "float32")
 
 
 def quadratic_loss(params: Any, example: Any) -> jax.Array:
@@ -281,6 +282,7 @@ def odd_trees() -> dict[str, Any]:
         "none": {"absent": None, "nested": [None, pair], "present": scalar},
         "masked_node": {"first": pair, "masked": optax.MaskedNode(), "second": scalar},
         "zero_size": {"a": pair, "b": scalar, "c": jnp.zeros((0, 3), jnp.float32)},
+        "deep": functools.reduce(lambda tree, _: {"only": (tree,)}, range(100), [pair, scalar]),
         "empty": {},
         "only_none": (None, {"masked": optax.MaskedNode()}),
     }
@@ -446,13 +448,18 @@ def linear_update(name: str) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     return jax.jit(lambda params, state, slope: step(params, state, linear_batch(slope)))
 
 
-def linear_run(method: optgrad.Method, slopes: list[Any]) -> tuple[Any, Any]:
-    """Parameters and state of a run that is handed these gradients, from parameters of ½ to 1½."""
-    params = jax.tree.map(lambda s: jnp.linspace(0.5, 1.5, s.size).reshape(s.shape), slopes[0])
+def linear_run(method: optgrad.Method, slopes: list[Any], start: Any = None) -> tuple[Any, Any]:
+    """Parameters and state of a run that is handed these gradients, by default from ½ to 1½."""
+    params = linear_start() if start is None else start
     state = create(method).init(params)
     for slope in slopes:
         params, state = linear_update(method.name)(params, state, slope)
     return params, state
+
+
+def linear_start() -> Any:
+    """Parameters of ½ to 1½."""
+    return jax.tree.map(lambda s: jnp.linspace(0.5, 1.5, s.size).reshape(s.shape), slope_like(0.0))
 
 
 def slope_like(value: float, **entries: float) -> Any:

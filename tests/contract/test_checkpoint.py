@@ -3,10 +3,13 @@
 import io
 import pickle
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+import optgrad
 
 from . import problem
 
@@ -51,3 +54,20 @@ def test_orbax_standard(method, tmp_path):
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh(method))
         restored = checkpointer.restore(tmp_path / "run", abstract)
     check_continues(method, restored)
+
+
+def test_msgpack(method):
+    """flax' msgpack, restored into a fresh ``init``."""
+    saved = flax.serialization.to_bytes(halfway(method))
+    restored = flax.serialization.from_bytes(fresh(method), saved)
+    check_continues(method, jax.tree.map(jnp.asarray, restored))
+
+
+def test_state_to_dict(method):
+    """`optgrad.state_to_dict` through one of NumPy's files."""
+    file, half = io.BytesIO(), halfway(method)
+    np.savez(file, **optgrad.state_to_dict(half["state"]))
+    file.seek(0)
+    with np.load(file) as saved:
+        state = optgrad.state_from_dict(fresh(method)["state"], saved)
+    check_continues(method, {"params": half["params"], "state": state})

@@ -119,3 +119,22 @@ def test_multi_steps(method):
     state = problem.create(method).init(standard.params)
     expected = problem.run(method, by_hand, state, standard).updates
     problem.assert_close(updates_of(method, accumulated, problem.STEPS), expected)
+
+
+def test_tree_map_params(method):
+    """`optax.tree_map_params` finds all that is like the parameters, and nothing else."""
+    optimizer, params = problem.create(method), problem.standard().params
+    state = optimizer.init(params)
+    marked = optax.tree_map_params(
+        optimizer, lambda _: "like params", state, transform_non_params=lambda _: "other"
+    )
+    shapes = {x.shape for x in jax.tree.leaves(params)}
+    for (path, leaf), (_, mark) in zip(
+        jax.tree_util.tree_leaves_with_path(state),
+        jax.tree_util.tree_leaves_with_path(marked),
+        strict=True,
+    ):
+        where = jax.tree_util.keystr(path)
+        of_params = where.endswith(("['b']", "['w']"))
+        assert mark == ("like params" if of_params else "other"), where
+        assert of_params or leaf.shape not in shapes, where

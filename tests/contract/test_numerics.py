@@ -1,7 +1,11 @@
-"""Zero, constant, tiny, huge and non-finite gradients."""
+"""Zero, constant, tiny, huge and non-finite gradients; far parameters and rates."""
 
+import jax
 import numpy as np
+import optax
 import pytest
+
+import optgrad
 
 from . import problem
 
@@ -55,11 +59,54 @@ def test_non_finite_entry(method, number):
         problem.assert_finite(actual)
 
 
-@pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
-@pytest.mark.parametrize("size", [1e-30, 1e15], ids=["tiny", "huge"])
+def test_constant_loss(method):
+    """A thousand gradients of 0 from the start: an own method stays where it is."""
+    slope = problem.slope_like(0.0)
+    params, state = problem.linear_run(method, [slope] * 1000)
+    problem.assert_finite(params)
+    problem.assert_no_nan(state)
+    if method.family != "baselines":
+        problem.assert_identical(params, problem.linear_start())
+
+
+OWN = pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
+
+
+@OWN
+@pytest.mark.parametrize("size", [1e-30, 1e15, 1e30], ids=["1e-30", "1e15", "1e30"])
 def test_tiny_and_huge_gradients(method, size):
-    """Gradients of 1e-30 and of 1e15 neither overflow nor become NaN."""
+    """Gradients of 1e-30 and of 1e15, whose squares have no float32, leave finite numbers."""
     slopes = [problem.slope_like(size * s, w=size) for s in (1.0, 0.9, -0.8, 0.0, 1.0)]
     params, state = problem.linear_run(method, slopes)
     problem.assert_finite(params)
     problem.assert_no_nan(state)
+
+
+@OWN
+@pytest.mark.parametrize("position", [0.0, 1e8], ids=["0", "1e8"])
+def test_position(method, position):
+    """Parameters that are all 0, or so large that steps are lost in their rounding."""
+    slopes = [problem.slope_like(s, w=0.2) for s in (0.3, -0.2, 0.1, 0.0, 0.3)]
+    params, state = problem.linear_run(method, slopes, problem.slope_like(position))
+    problem.assert_finite(params)
+    problem.assert_no_nan(state)
+
+
+@OWN
+@pytest.mark.methods_where(predicate=lambda method: "learning_rate" in method.hyperparameters)
+def test_extreme_rates(method):
+    """A rate of 1e-30 moves nothing far; one of 1e30 leaves finite numbers, if need be guarded."""
+    single = problem.standard()
+
+    def update(rate, *arguments):
+        optimizer = optgrad.guard(problem.create(method, learning_rate=rate))
+        return problem.make_update(method, optimizer)(*arguments)
+
+    update = jax.jit(update)
+    for rate in (1e-30, 1e30):
+        state = optgrad.guard(problem.create(method, learning_rate=rate)).init(single.params)
+        run = problem.run(method, lambda *given, r=rate: update(r, *given), state, single)
+        problem.assert_finite(run.params)
+        problem.assert_no_nan(run.state)
+        if rate < 1:
+            assert float(optax.tree.norm(run.updates)) < 1e-20

@@ -12,6 +12,8 @@ from . import problem
 
 PARAMS = {"b": jnp.array([0.5, -1.0, 1.5]), "s": jnp.array(0.7), "w": jnp.array([[1.0, -0.6]])}
 DTYPES = {
+    "float8_e4m3fn": ("float8_e4m3fn",) * 3,
+    "float8_e5m2": ("float8_e5m2",) * 3,
     "bfloat16": ("bfloat16",) * 3,
     "float16": ("float16",) * 3,
     "float32": ("float32",) * 3,
@@ -72,12 +74,22 @@ def test_weak_types(method, dtypes):
 
 
 @pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
-@pytest.mark.parametrize("dtypes", ["bfloat16", "float16"], indirect=True)
+@pytest.mark.parametrize("dtypes", ["bfloat16", "float16", "float8_e5m2"], indirect=True)
 def test_averages_are_wide(method, dtypes):
-    """For parameters of 16 bits the state has at least 32, by default."""
+    """For parameters of 8 or 16 bits the state has at least 32, by default."""
     states = abstract_steps(method, typed_problem(dtypes))[1]
     for path, dtype, *_ in problem.avals(states):
         assert not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize >= 4, path
+
+
+@pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_numbers_that_are_not_real_are_refused(method, dtype):
+    """By ``init``, which names the leaf, its type and what to do about it."""
+    params = {"first": jnp.ones(2), "second": [jnp.ones(3, dtype)]}
+    advice = "split_real_and_imaginary" if dtype == "complex64" else "optax.masked"
+    with pytest.raises(TypeError, match=rf"params\['second'\]\[0\] .*{dtype}.*{advice}"):
+        problem.create(method).init(params)
 
 
 @functools.cache

@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 
@@ -241,18 +240,6 @@ def test_what_a_killed_process_had_prepared_is_removed(tmp_path, monkeypatch):
     assert sorted(x.name for x in tmp_path.iterdir()) == [
         ".results.abcdefgh", ".results.d", ".resultsXab1_9zxy", "results"
     ]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments(tmp_path):
-    """``kill -9``; `benchmarks/random_kills.py` has the details, and does as many as one likes."""
-    script = ROOT / "benchmarks" / "random_kills.py"
-    run = subprocess.run(
-        [sys.executable, script, "--kills", "2", "--seed", "1"],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "2 kills" in run.stdout
 
 
 def test_nothing_is_logged_of_a_folder_that_is_gone(tmp_path, caplog):

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import shutil
 import socket
 import struct
 import subprocess
@@ -551,16 +552,43 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self):
         self.server.requests.append(self.path)
+        beginning = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-")
+        self.server.beginnings.append(int(beginning))
         fault = self.server.faults.pop(0) if self.server.faults else None
         if fault == "unavailable":
             self.send_error(503)
-        elif fault == "cut":  # the connection ends before the announced length
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
+        elif fault == "redirect":
+            self.send_response(302)
+            self.send_header("Location", self.path)
             self.end_headers()
-            self.wfile.write(b"x" * 10)
+        elif fault in {"no_range", "lie"} or not Path(self.translate_path(self.path)).is_file():
+            self.give_or_lie(fault == "lie")
         else:
+            self.give(int(beginning), fault)
+
+    def give_or_lie(self, is_lie):
+        if not is_lie:
             super().do_GET()
+            return
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", "7")
+        self.end_headers()
+        self.wfile.write(b"<html/>")
+
+    def give(self, beginning, fault):
+        """The rest of a file; with a fault half of the rest, and silence or an end after it."""
+        content = Path(self.translate_path(self.path)).read_bytes()[beginning:]
+        self.send_response(206 if beginning else 200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if fault not in {"cut", "stall"}:
+            self.wfile.write(content)
+            return
+        self.wfile.write(content[: len(content) // 2])
+        self.wfile.flush()
+        if fault == "stall":
+            self.server.goes_on.wait(5.0)
+        self.close_connection = True
 
     def log_message(self, *args):
         pass
@@ -573,10 +601,12 @@ def server(tmp_path):
     handler = functools.partial(Handler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         running.folder, running.requests, running.faults = folder, [], []
+        running.beginnings, running.goes_on = [], threading.Event()
         running.url = f"http://127.0.0.1:{running.server_port}"
         thread = threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield running
+        running.goes_on.set()
         running.shutdown()
         thread.join()
 
@@ -699,13 +729,61 @@ def test_mirrors_from_the_environment(small, server, monkeypatch):
     assert len(server.requests) == 8
 
 
-@pytest.mark.parametrize("fault", ["unavailable", "cut"])
+@pytest.mark.parametrize("fault", ["unavailable", "cut", "stall"])
 def test_passing_faults_are_retried(small, server, monkeypatch, fault):
     contents, arrays = idx_contents(small["mnist"])
     serve(server, monkeypatch, "mnist", gzipped(contents))
+    monkeypatch.setattr(data, "_TIMEOUT", (5.0, 0.3))
     server.faults = [fault, fault]
     assert_holds(data.load("mnist", mirrors=server.url), arrays)
     assert len(server.requests) == 6
+
+
+def test_redirects_are_followed(small, server, monkeypatch):
+    contents, arrays = idx_contents(small["mnist"])
+    serve(server, monkeypatch, "mnist", gzipped(contents))
+    server.faults = ["redirect"]
+    assert_holds(data.load("mnist", mirrors=server.url), arrays)
+    assert len(server.requests) == 5
+
+
+def test_broken_connections_are_resumed(small, server, monkeypatch):
+    """Only what has not arrived is asked for again, once for every break."""
+    contents, arrays = idx_contents(small["mnist"])
+    archives = gzipped(contents)
+    serve(server, monkeypatch, "mnist", archives)
+    server.faults = ["cut", "cut"]
+    assert_holds(data.load("mnist", mirrors=server.url), arrays)
+    size = len(archives[server.requests[0].removeprefix("/")])
+    first, second, third, *others = server.beginnings
+    assert first == 0 < size // 2 - 1024 < second <= size // 2 < third < size  # pieces of 1,024
+    assert not any(others)
+
+
+@pytest.mark.parametrize("fault", ["no_range", "lie"])
+def test_resuming_that_goes_wrong_begins_anew(small, server, monkeypatch, fault):
+    """A server that sends the whole file again, or something else as the rest."""
+    contents, arrays = idx_contents(small["mnist"])
+    serve(server, monkeypatch, "mnist", gzipped(contents))
+    server.faults = ["cut", fault]
+    assert_holds(data.load("mnist", mirrors=server.url), arrays)
+    assert server.beginnings[1] > 0
+    assert not any(server.beginnings[2:])
+
+
+def test_a_mirror_that_lies_is_left(small, tmp_path, server, monkeypatch):
+    """An error page instead of the file, with the status of success; the next mirror is asked."""
+    contents, arrays = idx_contents(small["mnist"])
+    serve(server, monkeypatch, "mnist", gzipped(contents), "good")
+    server.faults = ["lie"]
+    found = data.load("mnist", mirrors=[f"{server.url}/lies", f"{server.url}/good"])
+    assert_holds(found, arrays)
+    assert len(server.requests) == 1 + 1 + 2 * 3
+    server.faults = ["lie"] * 9
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(data.DataNotFoundError, match="SHA256"):
+        data.load("mnist", mirrors=[server.url])
+    assert cache_leftovers(tmp_path) == []
 
 
 def test_offline_error_lists_places_and_mirrors(small, tmp_path):

@@ -1,0 +1,153 @@
+"""Random studies that are killed at random moments: nothing may be lost, nothing may change."""
+
+import contextlib
+import dataclasses
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from optgrad import registry
+
+METRICS = "metrics.csv"
+MOST_KILLS = 5  # of one study
+_ARRAYS = {"params", "value", "gradient_variance", "per_example_grads"}
+_DEVICES = "--xla_force_host_platform_device_count=4"
+
+OnStudy = Callable[[str], None]
+
+
+class LostError(RuntimeError):
+    """A study came out differently after it had been killed, or left something behind."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """What a soak went through."""
+
+    studies: int
+    kills: int
+    seconds: float
+
+
+def methods() -> list[str]:
+    """The methods that the studies are drawn from: no functions, and quick to compile."""
+    return [
+        method.name
+        for method in registry.methods()
+        if method.needs <= _ARRAYS
+        and not method.is_dense
+        and method.family != "curvature"
+        and "subspace" not in method.name
+    ]
+
+
+def random_study(draws: random.Random) -> list[str]:
+    """Arguments of a small ``optgrad compare``.
+
+    Examples:
+      >>> random_study(random.Random(0))[:2]
+      ['compare', '--optimizers']
+    """
+    steps = draws.choice([80, 120, 240, 320])
+    fields: dict[str, object] = {
+        "eval_every": steps // draws.choice([4, 10, 20]),  # even: updates of two batches
+        "seeds": draws.randint(1, 3),
+        "tuning.protocol": draws.choice(["random", "halton"]),
+        "tuning.samples": draws.randint(1, 3),
+        "vectorize": draws.choice(["auto", "vmap", "map"]),
+        "guard": draws.choice([0, 3]),
+        "ema": draws.choice([0.0, 0.9]),
+        "accumulate": draws.choice([1, 1, 2]),
+        "schedule.kind": draws.choice(["constant", "cosine"]),
+        "checkpoint_seconds": 0,
+    }
+    problem = draws.choice(["digits", "digits", "noisy_quadratic", "rosenbrock"])
+    if problem == "digits":
+        fields["model"] = "mlp_small"
+        fields["batch_size"] = draws.choice([16, 32, 64])
+        fields["weight_decay"] = draws.choice([0.0, 1e-3])
+        fields["precision"] = draws.choice(["float32", "bfloat16"])
+    else:
+        fields["problem"] = problem
+    if draws.random() < 0.3:
+        fields["mesh"] = "runs=2,data=2" if problem == "digits" else "runs=4"
+    chosen = draws.sample(methods(), draws.randint(1, 2))
+    arguments = ["compare", "--optimizers", ",".join(chosen), "--steps", str(steps)]
+    for name, value in fields.items():
+        arguments += ["--set", f"{name}={value}"]
+    return arguments
+
+
+def soak(minutes: float, seed: int, folder: Path, on_study: OnStudy = lambda line: None) -> Tally:
+    """Runs random studies until the time is over, each undisturbed and killed.
+
+    Each kill is a SIGKILL at a random moment of what the undisturbed study took; then it is resumed.
+
+    Args:
+      minutes: no study begins after them.
+      seed: of what is drawn.
+      folder: empty; the last study stays there if something was lost.
+      on_study: told of every study that came through.
+
+    Raises:
+      LostError: if metrics differ in a bit, or a process leaves more than its results.
+    """
+    draws, began = random.Random(seed), time.monotonic()
+    studies = kills = 0
+    while not studies or time.monotonic() - began < 60 * minutes:
+        study = random_study(draws)
+        found = _killed(study, folder, draws)
+        studies, kills = studies + 1, kills + found
+        on_study(f"{studies}: {found} kills: optgrad {' '.join(study)}")
+        for path in folder.iterdir():
+            shutil.rmtree(path)
+    return Tally(studies, kills, time.monotonic() - began)
+
+
+def _killed(study: Sequence[str], folder: Path, draws: random.Random) -> int:
+    """Runs a study undisturbed and killed, compares the two, and gives the number of kills."""
+    began = time.monotonic()
+    _run([*study, "--output", "undisturbed"], folder)
+    length = time.monotonic() - began
+    expected = (folder / "undisturbed" / METRICS).read_bytes()
+    kills, most = 0, draws.randint(1, MOST_KILLS)
+    unfinished, results = folder / "killed.partial" / "study.json", folder / "killed"
+    while not results.exists() or unfinished.exists():
+        # One that was killed before it began cannot be resumed.
+        begin = [*study, "--output", "killed"]
+        moment = draws.uniform(0.1, 0.9) * length if kills < most else None
+        kills += not _run(["resume", "killed"] if unfinished.exists() else begin, folder, moment)
+    if (results / METRICS).read_bytes() != expected:
+        raise LostError(f"after {kills} kills the metrics of {' '.join(study)} differ: {folder}")
+    left = sorted(path.name for path in folder.iterdir())
+    if left != ["killed", "undisturbed"]:
+        raise LostError(f"after {kills} kills {' '.join(study)} left {left} in {folder}")
+    return kills
+
+
+def _run(arguments: Sequence[str], folder: Path, seconds: float | None = None) -> bool:
+    """Whether the command came to its end before it was killed."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "optgrad", *arguments],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()  # SIGKILL: nothing of it can react
+        process.communicate()
+        return False
+    except BaseException:  # a Ctrl-C leaves no process behind
+        with contextlib.suppress(OSError):
+            process.kill()
+        raise
+    if process.returncode:
+        raise LostError(f"optgrad {' '.join(arguments)} in {folder} failed: {output}")
+    return True

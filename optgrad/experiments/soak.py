@@ -53,6 +53,7 @@ def random_study(draws: random.Random) -> list[str]:
       >>> random_study(random.Random(0))[:2]
       ['compare', '--optimizers']
     """
+    chosen = draws.sample(methods(), draws.randint(1, 2))
     steps = draws.choice([80, 120, 240, 320])
     fields: dict[str, object] = {
         "eval_every": steps // draws.choice([4, 10, 20]),  # even: updates of two batches
@@ -63,20 +64,21 @@ def random_study(draws: random.Random) -> list[str]:
         "guard": draws.choice([0, 3]),
         "ema": draws.choice([0.0, 0.9]),
         "accumulate": draws.choice([1, 1, 2]),
-        "schedule.kind": draws.choice(["constant", "cosine"]),
         "checkpoint_seconds": 0,
     }
     problem = draws.choice(["digits", "digits", "noisy_quadratic", "rosenbrock"])
     if problem == "digits":
         fields["model"] = "mlp_small"
         fields["batch_size"] = draws.choice([16, 32, 64])
-        fields["weight_decay"] = draws.choice([0.0, 1e-3])
         fields["precision"] = draws.choice(["float32", "bfloat16"])
     else:
         fields["problem"] = problem
     if draws.random() < 0.3:
         fields["mesh"] = "runs=2,data=2" if problem == "digits" else "runs=4"
-    chosen = draws.sample(methods(), draws.randint(1, 2))
+    tuned = [registry.get_method(name).tunes for name in chosen]
+    if all(one and one.hyperparameter == "learning_rate" for one in tuned):
+        fields["schedule.kind"] = draws.choice(["constant", "cosine"])
+        fields["weight_decay"] = 0.0 if "problem" in fields else draws.choice([0.0, 1e-3])
     arguments = ["compare", "--optimizers", ",".join(chosen), "--steps", str(steps)]
     for name, value in fields.items():
         arguments += ["--set", f"{name}={value}"]
@@ -86,7 +88,7 @@ def random_study(draws: random.Random) -> list[str]:
 def soak(minutes: float, seed: int, folder: Path, on_study: OnStudy = lambda line: None) -> Tally:
     """Runs random studies until the time is over, each undisturbed and killed.
 
-    Each kill is a SIGKILL at a random moment of what the undisturbed study took; then it is resumed.
+    Each kill is a SIGKILL at a random moment; then the study is resumed.
 
     Args:
       minutes: no study begins after them.

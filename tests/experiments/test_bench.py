@@ -192,6 +192,7 @@ def test_compile_costs():
     assert row.leaves == 3
     assert row.copies == 0
     assert row.instruction_ratio < 1
+    assert 0 < row.accessed_ratio < 1
     assert row.reused_share == 1
     assert len(compilation.cells(row)) == len(compilation.HEADER)
 

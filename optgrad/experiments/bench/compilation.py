@@ -23,6 +23,8 @@ class CompileCost:
       instructions: of the optimised program.
       instruction_ratio: to Adam's; unlike the seconds the same on every machine.
       fusions: of the optimised program.
+      accessed_ratio: of the bytes that its loops read and write, to those of Adam's; see
+        `programs.accessed_bytes`.
       copies: of a leaf.
       temp_share: bytes of temporaries over those of the parameters.
       reused_share: bytes of donated buffers that results are written to, over those of parameters
@@ -37,6 +39,7 @@ class CompileCost:
     instructions: int
     instruction_ratio: float
     fusions: int
+    accessed_ratio: float
     copies: int
     temp_share: float
     reused_share: float
@@ -75,6 +78,7 @@ def costs(
             instructions=counts.instructions,
             instruction_ratio=counts.instructions / adam.instructions,
             fusions=counts.fusions,
+            accessed_ratio=counts.accessed_bytes / adam.accessed_bytes,
             copies=counts.copies,
             temp_share=counts.temp_bytes / counts.param_bytes,
             reused_share=counts.alias_bytes / (counts.param_bytes + counts.state_bytes),
@@ -87,9 +91,9 @@ def _adam(params: Any) -> programs.StepProgram:
 
 HEADER = (
     "method", "kind", "leaves", "seconds", "× Adam", "instructions", "× Adam's", "fusions",
-    "copies", "temporaries / parameters", "reused",
+    "bytes accessed × Adam", "copies", "temporaries / parameters", "reused",
 )  # fmt: skip
-SHOWN = (0, 3, 4, 5, 6, 8)  # on a terminal of 80 columns
+SHOWN = (0, 3, 4, 5, 6, 9)  # on a terminal of 80 columns
 
 
 def cells(cost: CompileCost) -> list[str]:
@@ -103,6 +107,7 @@ def cells(cost: CompileCost) -> list[str]:
         f"{cost.instructions:,}",
         f"{cost.instruction_ratio:.2f}",
         str(cost.fusions),
+        f"{cost.accessed_ratio:.2f}",
         str(cost.copies),
         f"{cost.temp_share:.3f}",
         f"{cost.reused_share:.3f}",

@@ -116,6 +116,7 @@ class Counts(NamedTuple):
     state_bytes: int
     fusions: int
     instructions: int
+    accessed_bytes: float  # by all its loops together, as XLA counts them
     seconds: float  # of tracing, lowering and compiling
 
 
@@ -143,8 +144,20 @@ def compiled_with_counts(
         state_bytes=nbytes(program.state),
         fusions=len(re.findall(r"= \S+ fusion\(", hlo)),
         instructions=instructions(hlo),
+        accessed_bytes=accessed_bytes(compiled),
         seconds=seconds,
     )
+
+
+def accessed_bytes(compiled: Any) -> float:
+    """What the loops of a program read and write, each array as often as a loop has it; or NaN.
+
+    More than the traffic of a step where XLA makes one loop for each result, as on a CPU: two
+    averages of one gradient read it twice.
+    """
+    found = compiled.cost_analysis()
+    found = found[0] if isinstance(found, list) else found
+    return float((found or {}).get("bytes accessed", math.nan))
 
 
 def compiled_for_memory(lowered: Any) -> Any:

@@ -58,6 +58,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record-golden", action="store_true", help="write the golden trajectories anew"
     )
+    parser.addoption(
+        "--reliability", type=Path, help="write the table of methods and properties into that file"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -103,9 +106,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter):
     """Prints the efficiency table; writes it where ``OPTGRAD_EFFICIENCY_TABLE`` says."""
+    reports = [*itertools.chain(*terminalreporter.stats.values())]
+    if path := terminalreporter.config.getoption("--reliability"):
+        from contract import reliability
+
+        try:
+            reliability.check_run(terminalreporter.config)
+            reliability.write(path, reports)
+        except ValueError as error:
+            terminalreporter.write_line(f"{path} was not written: {error}", red=True)
     rows = [
         value
-        for report in itertools.chain(*terminalreporter.stats.values())
+        for report in reports
         for key, value in getattr(report, "user_properties", ())
         if key == EFFICIENCY and getattr(report, "when", None) == "call"
     ]

@@ -7,7 +7,7 @@ import pytest
 
 import optgrad
 
-from . import upstream
+from . import reliability, upstream
 
 HERE = Path(__file__).parent
 # Left to one stage of .ci/run: what takes XLA several times as long to compile as all else, and
@@ -48,6 +48,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     order = {method.name: i for i, method in enumerate(optgrad.methods())}
     for item in items:
         if method := method_of(item):
+            module = item.path.stem.removeprefix("test_")
+            name = item.originalname.removeprefix("test_")
+            item.user_properties.append((reliability.KEY, (module, name, method.name)))
             often = SELDOM.get(item.originalname.removeprefix("test_"))
             if method.name in SLOW or (often is not None and method.name not in often):
                 item.add_marker(pytest.mark.slow)

@@ -1,6 +1,8 @@
 """The suite itself: its list of failures is not stale, its tools can tell yes from no."""
 
 import importlib
+import inspect
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,15 +10,22 @@ import pytest
 
 import optgrad
 
-from . import problem, upstream
+from . import problem, reliability, upstream
+
+ROOT = Path(__file__).parents[2]
 
 
 def properties():
-    """The names of all properties of the suite."""
+    """The names of all tests of this suite that run for methods."""
     names = set()
     for path in Path(__file__).parent.glob("test_*.py"):
-        module = importlib.import_module(f".{path.stem}", __package__)
-        names |= {name.removeprefix("test_") for name in vars(module) if name.startswith("test_")}
+        module = importlib.import_module(f"{__package__}.{path.stem}")
+        for name, function in vars(module).items():
+            if name.startswith("test_") and function.__module__ == module.__name__:
+                drawn = getattr(function, "hypothesis", None)
+                arguments = inspect.signature(drawn.inner_test if drawn else function).parameters
+                if "method" in arguments:
+                    names.add(name.removeprefix("test_"))
     return names
 
 
@@ -58,3 +67,41 @@ def test_unknown_extra_arguments_are_reported():
     oracle = problem.Oracle(single.loss_fn, single.params, single.batch(0))
     with pytest.raises(NotImplementedError, match=r"m_svag needs 'hessian'.*BUILDERS"):
         problem.build(method, "hessian", oracle)
+
+
+# The table of methods and properties ------------------------------------------------------------
+
+
+def test_table_of_properties_is_complete():
+    """Whoever adds a method or a property has the table written again."""
+    rows, names = reliability.written(ROOT / "docs" / "reliability.md")
+    assert rows == [m.name for m in optgrad.methods()], reliability.__doc__
+    assert {*names} == properties(), reliability.__doc__
+
+
+def report(method, outcome="passed", when="call", **others):
+    recorded = [(reliability.KEY, ["numerics", "zero", method])]
+    return types.SimpleNamespace(user_properties=recorded, outcome=outcome, when=when, **others)
+
+
+def test_table_tells_what_did_not_pass(tmp_path):
+    """A failure, also of a fixture, and a method without tests leave the document as it is."""
+    path = tmp_path / "reliability.md"
+    path.write_text(f"before\n{reliability.BEGIN}\nold\n{reliability.END}\nafter\n")
+    everyone = [report(m.name) for m in optgrad.methods()]
+    for reports in (
+        everyone[1:],
+        [*everyone, report("adam", "failed")],
+        [*everyone, report("adam", "failed", "setup")],
+        [*everyone, report("adam", "skipped")],
+    ):
+        with pytest.raises(ValueError, match="test"):
+            reliability.write(path, reports)
+        assert "old" in path.read_text()
+    reliability.write(path, [*everyone, report("adam", "skipped", wasxfail="reason")])
+    text = path.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| `adam` | 1† |" in text
+    assert "| `sgd` | 1 |" in text
+    assert reliability.written(path) == ([m.name for m in optgrad.methods()], ["zero"])

@@ -1,6 +1,7 @@
 """The table of methods and properties in docs/reliability.md, from a run of the whole suite.
 
-``pytest tests/contract --contract all -m "slow or not slow" --reliability docs/reliability.md``
+``pytest tests/contract --contract all -m "slow or not slow" --reliability docs/reliability.md``;
+with ``-k METHOD`` that method's row alone.
 """
 
 import collections
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import optgrad
 
 KEY = "contract"  # under which a test records which property of which method it is
+NONE = "–"  # of that module no test is defined for the method
 BEGIN, END = "<!-- table of properties -->", "<!-- end of the table -->"
 
 
@@ -36,35 +38,44 @@ def results(reports: Iterable[Any]) -> list[Result]:
     return found
 
 
-def table(found: Sequence[Result]) -> str:
+def table(found: Sequence[Result], old: str = "") -> str:
     """Markdown: a row for each method, a column for each module of the suite, then what they test.
 
+    Args:
+      found: results.
+      old: an earlier table, whose rows stay for methods that did not run this time.
+
     Raises:
-      ValueError: if a test failed or was skipped, or if a registered method has none.
+      ValueError: if a test failed or was skipped, or if there is nothing for a registered method.
     """
     if bad := [r for r in found if r.outcome not in {"passed", "xfailed"}]:
         raise ValueError(f"{len(bad)} tests did not pass, the first is {bad[0]}")
     modules = sorted({r.module for r in found})
-    if missing := {m.name for m in optgrad.methods()} - {r.method for r in found}:
-        raise ValueError(f"no test ran for {sorted(missing)}: --contract all runs them")
+    header = ["method", *(m.replace("_", " ") for m in modules)]
     counts = collections.Counter((r.method, r.module, r.outcome) for r in found)
-    lines = [_row(["method", *(m.replace("_", " ") for m in modules)])]
-    lines.append(_row(["---"] * (len(modules) + 1)))
-    for method in optgrad.methods():
-        cells = [_cell(counts, method.name, module) for module in modules]
-        lines.append(_row([f"`{method.name}`", *cells]))
-    total = collections.Counter(r.outcome for r in found)
-    lines += [
+    rows = _rows(old) if _row(header) in old else {}
+    for name in {r.method for r in found}:
+        rows[name] = [_cell(counts, name, module) for module in modules]
+    names = [m.name for m in optgrad.methods()]
+    if missing := [name for name in names if name not in rows]:
+        raise ValueError(f"no test ran for {missing}, which the table has not: run all methods")
+    cells = [cell for name in names for cell in rows[name]]
+    passed = sum(int(cell.split(" + ")[0]) for cell in cells if cell != NONE)
+    expected = sum(int(cell.split(" + ")[1].rstrip("†")) for cell in cells if "†" in cell)
+    lines = [
+        _row(header),
+        _row(["---"] * len(header)),
+        *(_row([f"`{name}`", *rows[name]]) for name in names),
         "",
-        f"{total['passed']:,} tests passed; {total['xfailed']} fail as listed, with their reasons, "
-        "in `tests/contract/upstream.py` (optax's own methods; † in the table). A dash: the "
-        "property is not defined for the method, as a learning rate's schedule without one.",
+        f"{passed:,} tests passed; {expected} († in the table) fail as listed, with their reasons, "
+        "in `tests/contract/upstream.py`, all for optax's own methods. A dash: nothing of it is "
+        "defined for the method.",
         "",
     ]
     for module in modules:
-        names = sorted({r.name for r in found if r.module == module})
+        properties = sorted({r.name for r in found if r.module == module})
         lines.append(f"- **{module.replace('_', ' ')}**: {_docline(module)}")
-        lines.append("  " + ", ".join(f"`{name}`" for name in names))
+        lines.append("  " + ", ".join(f"`{name}`" for name in properties))
     return "\n".join(lines)
 
 
@@ -76,25 +87,35 @@ def check_run(config: Any) -> None:
 
 def write(path: Path, reports: Iterable[Any]) -> None:
     """Puts the table between its marks in a document."""
-    text = path.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n\n{table(results(reports))}\n\n{END}{after}", "utf-8")
+    before, old, after = _parts(path)
+    text = f"{before}{BEGIN}\n\n{table(results(reports), old)}\n\n{END}{after}"
+    path.write_text(text, encoding="utf-8")
 
 
 def written(path: Path) -> tuple[list[str], list[str]]:
     """The methods and the properties that a document's table has."""
-    text = path.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    rows = [line.split("|")[1].strip(" `") for line in text.splitlines() if line.startswith("| `")]
+    _, text, _ = _parts(path)
     listed = [line for line in text.splitlines() if line.startswith("  `")]
-    return rows, [name.strip(" `") for line in listed for name in line.split(",")]
+    return [*_rows(text)], [name.strip(" `") for line in listed for name in line.split(",")]
+
+
+def _parts(path: Path) -> tuple[str, str, str]:
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    table, _, after = rest.partition(END)
+    return before, table, after
+
+
+def _rows(text: str) -> dict[str, list[str]]:
+    """Method -> the other cells of its row."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return {name.strip("`"): cells for name, *cells in lines}
 
 
 def _cell(counts: collections.Counter[tuple[str, str, str]], method: str, module: str) -> str:
     passed, expected = (counts[method, module, o] for o in ("passed", "xfailed"))
     if not passed and not expected:
-        return "–"
-    return f"{passed}†" if expected else str(passed)
+        return NONE
+    return f"{passed} + {expected}†" if expected else str(passed)
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -121,3 +121,33 @@ def test_hyperparameter_at():
 def test_hyperparameter_in_64_bits(x64):
     assert transforms.hyperparameter_at(jnp.float32(0.9), jnp.array(0)).dtype == jnp.float64
     assert transforms.hyperparameter_at(jnp.asarray(0.9), jnp.array(0)) == 0.9
+
+
+@pytest.mark.parametrize("name", ["m_svag", "adaptive_sgd", "ogr1d"])
+def test_complex_parameters_as_two_real_ones(name):
+    """With conjugated gradients the run is that of the real and the imaginary parts."""
+    method = optgrad.get_method(name)
+    target = jnp.array([1j, 2.0 - 1j])
+
+    def complex_loss(z):
+        return jnp.sum(jnp.abs(z - target) ** 2)
+
+    def real_loss(parts):
+        return complex_loss(jax.lax.complex(*parts))
+
+    def descend(optimizer, loss, params, conjugate):
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
+        for _ in range(30):
+            gradient = jax.grad(loss)(params)
+            gradient = jnp.conj(gradient) if conjugate else gradient
+            updates, state = update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    optimizer = optgrad.create(name, **method.test_hyperparams)
+    start = jnp.array([1.0 + 2.0j, -0.5j])
+    wrapped = optax.contrib.split_real_and_imaginary(optimizer)
+    found = descend(wrapped, complex_loss, start, conjugate=True)
+    pair = descend(optimizer, real_loss, [start.real, start.imag], conjugate=False)
+    np.testing.assert_allclose(found, jax.lax.complex(*pair), 1e-4, 1e-5)
+    assert complex_loss(found) < complex_loss(start)

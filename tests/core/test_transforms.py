@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import optgrad
 from optgrad.core import transforms
 
 PARAMS = {"a": jnp.ones(2), "b": (jnp.ones((), jnp.bfloat16), None)}

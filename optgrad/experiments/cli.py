@@ -1,4 +1,4 @@
-"""The command line: list, show, problems, compare, resume, soak, report, reproduce and bench."""
+"""The command line: what can be done with optimizers, problems, studies and their results."""
 
 import contextlib
 from collections.abc import Iterator
@@ -164,6 +164,26 @@ def resume(  # noqa: PLR0917  typer reads the options from the signature
         # Results that are there are earlier ones that were to be replaced, or already its own.
         results.check_destination(destination, overwrite=True)
         _run_study(settings, destination, journal, overwrite=True)
+
+
+@app.command()
+def doctor(
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with data sets.")] = None,
+) -> None:
+    """Show versions, devices, data and caches, and run a self test of one second.
+
+    Example: optgrad doctor --data-dir DATA
+    """
+    from optgrad.experiments import doctor as lib  # noqa: PLC0415
+
+    found = []
+    with terminal.refusals():
+        for finding in lib.findings(data_dir):
+            found.append(finding)
+    rows = [(f.name, f"{'' if f.is_fine else '– '}{f.found}") for f in found]
+    terminal.console.print(terminal.table(("what", "found"), rows, shares=(1, 3)))
+    if not found[-1].is_fine:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -374,6 +374,22 @@ def load(
 # Finding the files ----------------------------------------------------------------------------
 
 
+def whereabouts(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path | str | None:
+    """The folder that `load` would read a data set from; None if it would download it."""
+    if name == "digits":
+        return "within scikit-learn"
+    for _, place in _places(data_dir):
+        found = _files_in(place, _SOURCES[name])
+        if not isinstance(found, str):
+            return next(iter(found.values())).parent
+    return None
+
+
+def user_cache() -> Path:
+    """Where downloads and compiled programs are kept."""
+    return _user_cache()
+
+
 def _places(data_dir: str | os.PathLike[str] | None) -> Iterator[tuple[str, Path]]:
     """What to call each place, and its path; lazily, as only the last one needs pooch."""
     if data_dir is not None:

@@ -38,7 +38,9 @@ SELDOM = {
 # half of them. Whoever changes what all share runs ``--contract all``.
 DEALT = {"odd_trees", "dtypes", "weak_types", "non_finite_entry", "either_extra_argument"}
 DEALT |= {"low_precision_state", "golden", "program_size", "sharded_parameters"}
-DEALT |= {"vmap_over_runs", "inject_integers"}
+DEALT |= {"vmap_over_runs", "inject_integers", "extreme_rates", "position"}
+DEALT |= {"orbax_standard", "msgpack", "state_to_dict", "pickled_leaves"}
+DEALT |= {"invariants", "order_of_entries", "random_hyperparameter", "tiny_and_huge_gradients"}
 HALVED = {"baselines", "curvature"}
 
 

@@ -32,16 +32,14 @@ SELDOM = {
     "shard_map": {"m_svag", "ogr1dc", "l4_adam", "csawg", "ogr_full"},
 }
 
-# Of the tests that compile a program for each of many variants, or a large one, the methods take
-# turns: each runs a third, and the variants of neighbours differ. Optax's own methods, and those of
-# the curvature family, which take longest to compile, take turns with all properties: each runs
-# half of them. Whoever changes what all share runs ``--contract all``.
+# The methods take turns: of the tests that compile a program for each of many variants, or a large
+# one, each method runs a third, and of all others half; what neighbours run differs. Whoever
+# changes what all share runs ``--contract all``, as the table in docs/reliability.md asks for.
 DEALT = {"odd_trees", "dtypes", "weak_types", "non_finite_entry", "either_extra_argument"}
 DEALT |= {"low_precision_state", "golden", "program_size", "sharded_parameters"}
 DEALT |= {"vmap_over_runs", "inject_integers", "extreme_rates", "position"}
 DEALT |= {"orbax_standard", "msgpack", "state_to_dict", "pickled_leaves"}
 DEALT |= {"invariants", "order_of_entries", "random_hyperparameter", "tiny_and_huge_gradients"}
-HALVED = {"baselines", "curvature"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -54,7 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             name = item.originalname.removeprefix("test_")
             item.user_properties.append((reliability.KEY, (module, name, method.name)))
             often = SELDOM.get(item.originalname.removeprefix("test_"))
-            if method.name in SLOW or (often is not None and method.name not in often):
+            seldom = often is not None and method.name not in often
+            if method.name in SLOW or seldom:
                 item.add_marker(pytest.mark.slow)
             failure = upstream.FAILURES.get((method.name, property_of(item)))
             if failure is not None:
@@ -85,9 +84,7 @@ def _is_dealt(item: pytest.Item) -> bool:
         return True
     name = item.originalname.removeprefix("test_")
     turn = sum(item.callspec.indices.values())  # the method's number, and those of the variants
-    if name in DEALT:
-        return turn % 3 == 0
-    return method.family not in HALVED or (turn + zlib.crc32(name.encode())) % 2 == 0
+    return turn % 3 == 0 if name in DEALT else (turn + zlib.crc32(name.encode())) % 2 == 0
 
 
 def method_of(item: pytest.Item) -> optgrad.Method | None:

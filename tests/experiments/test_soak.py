@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,19 @@ def test_soak_sees_losses(tmp_path, monkeypatch, fake, message):
     with pytest.raises(soak.LostError, match=message):
         soak.soak(0.0, 0, tmp_path)
     assert (tmp_path / "killed").exists()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run = CliRunner().invoke(cli.app, ["soak", "--minutes", "0"])
     assert run.exit_code == 2
+
+
+def test_what_does_not_go_together_is_drawn_again(tmp_path, monkeypatch):
+    """A study that is refused before it begins is none."""
+    monkeypatch.setattr(soak, "random_study", lambda draws: arguments.pop(0))
+    refused = ["compare", "--optimizers", "m_svag_mb", "--problem", "rosenbrock", "--steps", "2"]
+    arguments, lines = [refused], []
+    with pytest.raises(IndexError, match="pop"):  # it was drawn again
+        soak.soak(0.0, 0, tmp_path, lines.append)
+    assert "B = 1" in lines[0]
 
 
 @pytest.mark.slow

@@ -514,9 +514,12 @@ def _find_problem_beside(tree: dict[str, Any], folder: Path) -> None:
 def _messages(error: pydantic.ValidationError) -> Iterable[str]:
     for item in error.errors():
         # A union adds names of its branches to the path, such as "constrained-int".
-        path = [str(part) for part in item["loc"] if not re.search(r"[\[\]()-]", str(part))]
+        is_unknown = item["type"] == "extra_forbidden"  # then the last part is the user's
+        parts = [str(part) for part in item["loc"]]
+        ends = parts[-1:] if is_unknown else []
+        path = [x for x in parts[: len(parts) - len(ends)] if not re.search(r"[\[\]()-]", x)] + ends
         field, given = ".".join(path), item["input"]
-        if item["type"] == "extra_forbidden":
+        if is_unknown:
             fields = _fields(path[:-1])
             near = checks.did_you_mean(path[-1], fields).split(" Accepted")[0]
             yield f"{field} = {given!r}: no such field; {near}"

@@ -213,6 +213,7 @@ def test_a_configuration_does_not_change():
         ("stepz", 50, ["stepz = 50: no such field; did you mean 'steps'?"]),
         ("tuning.decade", 1, ["tuning.decade = 1: no such field; did you mean 'decades'?"]),
         ("xyzzy", 1, ["xyzzy = 1: no such field", "'steps'", "'tuning'"]),
+        ("eval-every", 1, ["eval-every = 1: no such field; did you mean 'eval_every'?"]),
         ("steps", "many", ["steps = 'many'", "integer"]),
         ("steps", 0, ["steps = 0", "greater than 0"]),
         ("steps", 10.5, ["steps = 10.5", "integer"]),

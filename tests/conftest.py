@@ -112,7 +112,7 @@ def pytest_terminal_summary(terminalreporter):
 
         try:
             reliability.check_run(terminalreporter.config)
-            reliability.write(path, reports)
+            reliability.write(path, reports, terminalreporter.config.cache)
         except ValueError as error:
             terminalreporter.write_line(f"{path} was not written: {error}", red=True)
     rows = [

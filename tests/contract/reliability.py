@@ -1,18 +1,20 @@
 """The table of methods and properties in docs/reliability.md, from a run of the whole suite.
 
 ``pytest tests/contract --contract all -m "slow or not slow" --reliability docs/reliability.md``;
-with ``-k METHOD`` that method's row alone.
+with ``-k METHOD`` that method's row alone. Results stay in pytest's cache, so that after a failure
+``--lf`` completes them (``--cache-clear`` forgets them).
 """
 
 import collections
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optgrad
 
 KEY = "contract"  # under which a test records which property of which method it is
+_CACHED = "optgrad/contract"
 NONE = "–"  # of that module no test is defined for the method
 BEGIN, END = "<!-- table of properties -->", "<!-- end of the table -->"
 
@@ -26,19 +28,19 @@ class Result(NamedTuple):
     outcome: str  # passed, xfailed, failed or skipped
 
 
-def results(reports: Iterable[Any]) -> list[Result]:
-    """Those of all tests that recorded what they are."""
-    found = []
+def results(reports: Iterable[Any]) -> dict[str, Result]:
+    """Test -> its result, of all that recorded what they are."""
+    found = {}
     for report in reports:
         recorded = [value for key, value in getattr(report, "user_properties", ()) if key == KEY]
         if not recorded or (report.when != "call" and report.outcome == "passed"):
             continue
         outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
-        found.append(Result(*recorded[0], outcome))
+        found[report.nodeid] = Result(*recorded[0], outcome)
     return found
 
 
-def table(found: Sequence[Result], old: str = "") -> str:
+def table(found: Collection[Result], old: str = "") -> str:
     """Markdown: a row for each method, a column for each module of the suite, then what they test.
 
     Args:
@@ -46,9 +48,9 @@ def table(found: Sequence[Result], old: str = "") -> str:
       old: an earlier table, whose rows stay for methods that did not run this time.
 
     Raises:
-      ValueError: if a test failed or was skipped, or if there is nothing for a registered method.
+      ValueError: if a test failed, or if there is nothing for a registered method.
     """
-    if bad := [r for r in found if r.outcome not in {"passed", "xfailed"}]:
+    if bad := [r for r in found if r.outcome == "failed"]:
         raise ValueError(f"{len(bad)} tests did not pass, the first is {bad[0]}")
     modules = sorted({r.module for r in found})
     header = ["method", *(m.replace("_", " ") for m in modules)]
@@ -62,14 +64,15 @@ def table(found: Sequence[Result], old: str = "") -> str:
     cells = [cell for name in names for cell in rows[name]]
     passed = sum(int(cell.split(" + ")[0]) for cell in cells if cell != NONE)
     expected = sum(int(cell.split(" + ")[1].rstrip("†")) for cell in cells if "†" in cell)
+    skipped = sum(r.outcome == "skipped" for r in found)
     lines = [
         _row(header),
         _row(["---"] * len(header)),
         *(_row([f"`{name}`", *rows[name]]) for name in names),
         "",
         f"{passed:,} tests passed; {expected} († in the table) fail as listed, with their reasons, "
-        "in `tests/contract/upstream.py`, all for optax's own methods. A dash: nothing of it is "
-        "defined for the method.",
+        f"in `tests/contract/upstream.py`, all for optax's own; {skipped} were skipped, where "
+        "jax or a method refuses the placement. A dash: nothing of it is defined for the method.",
         "",
     ]
     for module in modules:
@@ -85,10 +88,13 @@ def check_run(config: Any) -> None:
         raise ValueError(f"only a part was asked for; {__doc__}")
 
 
-def write(path: Path, reports: Iterable[Any]) -> None:
-    """Puts the table between its marks in a document."""
+def write(path: Path, reports: Iterable[Any], cache: Any) -> None:
+    """Puts the table between its marks in a document, and the results into pytest's cache."""
+    found: dict[str, Any] = {**cache.get(_CACHED, {}), **results(reports)}
+    cache.set(_CACHED, found)
     before, old, after = _parts(path)
-    text = f"{before}{BEGIN}\n\n{table(results(reports), old)}\n\n{END}{after}"
+    lines = table([Result(*result) for result in found.values()], old)
+    text = f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}"
     path.write_text(text, encoding="utf-8")
 
 

@@ -70,7 +70,9 @@ def test_order_of_entries(method, gradients, order):
     start = flat(problem.linear_start())
     expected, _ = run(method, gradients)
     found, _ = run(method, gradients[:, order], tree_of(start[np.array(order)]))
-    np.testing.assert_allclose(flat(found), flat(expected)[np.array(order)], 1e-4, 1e-5)
+    wanted = flat(expected)[np.array(order)]
+    # Random directions (of Lanczos' recursion) leave the rounding of the largest entry in all.
+    np.testing.assert_allclose(flat(found), wanted, 1e-4, 1e-5 * max(1.0, np.abs(wanted).max()))
 
 
 @functools.cache

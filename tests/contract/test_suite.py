@@ -81,7 +81,14 @@ def test_table_of_properties_is_complete():
 
 def report(method, outcome="passed", when="call", **others):
     recorded = [(reliability.KEY, ["numerics", "zero", method])]
-    return types.SimpleNamespace(user_properties=recorded, outcome=outcome, when=when, **others)
+    about = {"user_properties": recorded, "outcome": outcome, "when": when, **others}
+    return types.SimpleNamespace(nodeid=f"{method}{len(others)}", **about)
+
+
+class Cache(dict):
+    """Stands in for pytest's."""
+
+    set = dict.__setitem__
 
 
 def test_table_tells_what_did_not_pass(tmp_path):
@@ -93,13 +100,16 @@ def test_table_tells_what_did_not_pass(tmp_path):
         everyone[1:],  # the old table has no rows
         [*everyone, report("adam", "failed")],
         [*everyone, report("adam", "failed", "setup")],
-        [*everyone, report("adam", "skipped")],
     ):
         with pytest.raises(ValueError, match="test"):
-            reliability.write(path, reports)
+            reliability.write(path, reports, Cache())
         assert "old" in path.read_text()
-    reliability.write(path, everyone)
-    reliability.write(path, [report("adam"), report("adam", "skipped", wasxfail="reason")])
+    cache = Cache()
+    with pytest.raises(ValueError, match="test"):
+        reliability.write(path, [*everyone[:-1], report("csawg", "failed")], cache)
+    reliability.write(path, [*everyone[-1:], report("csawg")], cache)  # what had failed, again
+    expected = [report("adam"), report("adam", "skipped", wasxfail="reason")]
+    reliability.write(path, [*expected, report("sgd", "skipped", why="no reason")], Cache())
     text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")

@@ -119,3 +119,15 @@ def test_odd_trees(method, tree):
     leaves = [x for x in jax.tree.leaves(run.params) if x.size]
     if len(leaves) == len(problem.plain_leaves()):
         problem.assert_close(leaves, run_on_leaves(method.name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["m_svag", "adaptive_sgd", "ogr1d"])
+def test_ten_thousand_leaves(name):
+    """Traced in seconds, in proportion to the leaves; a million of them nobody would compile."""
+    params = [jnp.ones(())] * 10_000
+    optimizer = problem.create(optgrad.get_method(name))
+    state = jax.eval_shape(optimizer.init, params)
+    updates, after = jax.eval_shape(optimizer.update, params, state, params)
+    assert len(updates) == len(params)
+    assert problem.avals(after) == problem.avals(state)

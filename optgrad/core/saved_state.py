@@ -32,8 +32,9 @@ def state_to_dict(state: Any) -> dict[str, np.ndarray]:
         that this process holds whole.
 
     Returns:
-      Path -> array, as ``"[0].momentum['w']"``, with the bits of typed random keys; and
-      ``"optgrad.layout"``.
+      Path -> array, as ``"[0].momentum['w']"``, and ``"optgrad.layout"``. Of types that NumPy's
+      files do not know, and of typed random keys, the bits, and the type in the name:
+      ``"[0].momentum['w']:bfloat16"``.
 
     Examples:
       >>> import jax.numpy as jnp, optgrad
@@ -43,7 +44,7 @@ def state_to_dict(state: Any) -> dict[str, np.ndarray]:
       ['[0].count', "[0].momentum['w']", 'optgrad.layout']
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    arrays = {jax.tree_util.keystr(path): np.asarray(_bits(leaf)) for path, leaf in leaves}
+    arrays = {_name(path, leaf): _bits(np.asarray(_plain(leaf))) for path, leaf in leaves}
     return {LAYOUT_KEY: np.asarray(LAYOUT, np.int32), **arrays}
 
 
@@ -73,7 +74,7 @@ accepted: float32[3]
     """
     arrays = _in_this_layout(saved)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    names = [_name(path, leaf) for path, leaf in leaves]
     missing, left = sorted({*names} - {*arrays}), sorted({*arrays} - {*names})
     if missing or left:
         raise SavedStateError(
@@ -104,14 +105,14 @@ def _in_this_layout(saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _restored(name: str, like: Any, found: np.ndarray) -> chex.Array:
-    wanted = np.asarray(_bits(like)) if _is_key(like) else jax.eval_shape(lambda: like)
-    if found.dtype.kind == "V" and found.dtype.itemsize == wanted.dtype.itemsize:
-        found = found.view(wanted.dtype)  # NumPy's files do not know bfloat16's name
-    if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+    plain = jax.eval_shape(lambda: _plain(like))
+    shape, dtype = plain.shape, _stored_type(plain.dtype)
+    if (found.shape, found.dtype) != (shape, dtype):
         raise SavedStateError(
-            f"{name} is {_described(found)} in the saved state; accepted: {_described(wanted)}"
+            f"{name} is {_described(found.shape, found.dtype)} in the saved state; accepted: "
+            f"{_described(shape, dtype)}"
         )
-    array = jnp.asarray(found)
+    array = jnp.asarray(found.view(plain.dtype))
     if _is_key(like):
         array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
     return jax.device_put(array, like.sharding) if getattr(like, "committed", False) else array
@@ -121,12 +122,27 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
 
-def _bits(x: Any) -> Any:
+def _plain(x: Any) -> Any:
     return jax.random.key_data(x) if _is_key(x) else x
 
 
-def _described(x: Any) -> str:
-    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+def _name(path: Any, leaf: Any) -> str:
+    dtype: Any = jnp.result_type(leaf)
+    is_plain = not _is_key(leaf) and _stored_type(dtype) == dtype
+    return jax.tree_util.keystr(path) + ("" if is_plain else f":{dtype}")
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return x.view(_stored_type(x.dtype))
+
+
+def _stored_type(dtype: Any) -> Any:
+    """NumPy's own types are stored as they are, others such as bfloat16 as unsigned integers."""
+    return np.dtype(f"uint{8 * dtype.itemsize}") if dtype.kind == "V" else dtype
+
+
+def _described(shape: tuple[int, ...], dtype: Any) -> str:
+    return f"{dtype}[{','.join(map(str, shape))}]"
 
 
 def _listed(names: list[str], most: int = 3) -> str:

@@ -55,6 +55,10 @@ def test_bfloat16_in_a_file_of_numpy(tmp_path):
     with np.load(tmp_path / "state.npz") as file:
         restored = optgrad.state_from_dict(optimizer.init(PARAMS), file)
     problem.assert_identical(restored, state)
+    assert "[0].momentum['w']:bfloat16" in saved
+    # As many bits, and another meaning.
+    other = optgrad.m_ssd(0.1, state_dtype="float16")
+    assert "lacks [0].momentum['b'], [0].momentum['w'] and has" in refused(other, saved)
 
 
 def refused(optimizer, saved):

@@ -1,6 +1,7 @@
 """The command line: what can be done with optimizers, problems, studies and their results."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -195,8 +196,6 @@ def soak(
 
     Example: optgrad soak --minutes 20
     """
-    import tempfile  # noqa: PLC0415
-
     from optgrad.experiments import soak as lib  # noqa: PLC0415
 
     folder = Path(tempfile.mkdtemp(prefix="optgrad-soak-"))

@@ -515,9 +515,9 @@ def _messages(error: pydantic.ValidationError) -> Iterable[str]:
     for item in error.errors():
         # A union adds names of its branches to the path, such as "constrained-int".
         is_unknown = item["type"] == "extra_forbidden"  # then the last part is the user's
-        parts = [str(part) for part in item["loc"]]
-        ends = parts[-1:] if is_unknown else []
-        path = [x for x in parts[: len(parts) - len(ends)] if not re.search(r"[\[\]()-]", x)] + ends
+        users = len(item["loc"]) - 1 if is_unknown else None
+        parts = enumerate(map(str, item["loc"]))
+        path = [x for i, x in parts if i == users or not re.search(r"[\[\]()-]", x)]
         field, given = ".".join(path), item["input"]
         if is_unknown:
             fields = _fields(path[:-1])

@@ -357,14 +357,10 @@ def load(
     if mirrors is not None:
         _mirror_urls(source, mirrors)  # refused even where the files are at hand
     misses: list[str] = []
-    for title, place in _places(data_dir):
-        found = _files_in(place, source)
-        if not isinstance(found, str):
-            break
-        misses.append(f"{title} {place}: {found}")
-    else:
+    found = _find(source, data_dir, misses)
+    if found is None:
         urls = _mirror_urls(source, mirrors) if download else ()
-        found = _download(source, _user_cache(), urls, misses)
+        found = _download(source, user_cache(), urls, misses)
     if data_dir is not None and misses:  # data_dir is the first place, so it was the first miss
         folder = next(iter(found.values())).parent
         warnings.warn(f"{name} is not in {misses[0]}; using {folder}", stacklevel=2)
@@ -378,16 +374,25 @@ def whereabouts(name: str, data_dir: str | os.PathLike[str] | None = None) -> Pa
     """The folder that `load` would read a data set from; None if it would download it."""
     if name == "digits":
         return "within scikit-learn"
-    for _, place in _places(data_dir):
-        found = _files_in(place, _SOURCES[name])
-        if not isinstance(found, str):
-            return next(iter(found.values())).parent
-    return None
+    found = _find(_SOURCES[name], data_dir, [])
+    return next(iter(found.values())).parent if found else None
 
 
 def user_cache() -> Path:
-    """Where downloads and compiled programs are kept."""
-    return _user_cache()
+    """Where downloads are kept."""
+    return Path(_import_extra("pooch").os_cache("optgrad"))
+
+
+def _find(
+    source: _Source, data_dir: str | os.PathLike[str] | None, misses: list[str]
+) -> dict[str, Path] | None:
+    """The paths of a data set's files in the first place that has them; adds why others do not."""
+    for title, place in _places(data_dir):
+        found = _files_in(place, source)
+        if not isinstance(found, str):
+            return found
+        misses.append(f"{title} {place}: {found}")
+    return None
 
 
 def _places(data_dir: str | os.PathLike[str] | None) -> Iterator[tuple[str, Path]]:
@@ -396,11 +401,7 @@ def _places(data_dir: str | os.PathLike[str] | None) -> Iterator[tuple[str, Path
         yield "data_dir", Path(data_dir).expanduser()
     if from_environment := os.environ.get("OPTGRAD_DATA_DIR"):
         yield "$OPTGRAD_DATA_DIR", Path(from_environment).expanduser()
-    yield "user cache", _user_cache()
-
-
-def _user_cache() -> Path:
-    return Path(_import_extra("pooch").os_cache("optgrad"))
+    yield "user cache", user_cache()
 
 
 def _import_extra(module: str) -> Any:

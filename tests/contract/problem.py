@@ -14,6 +14,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import optgrad
 
@@ -24,6 +25,9 @@ FEW_PARAMETERS = 100  # so few that a dense Hessian costs nothing
 LossFn = Callable[[Any, Any], jax.Array]  # (params, example) -> loss of that example
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 Update = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
+
+# Marks a property of optgrad's own families, which optax's methods need not have.
+OWN = pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
 
 
 # --- extra arguments -------------------------------------------------------------------------

@@ -7,6 +7,7 @@ with ``-k METHOD`` that method's row alone. Results stay in pytest's cache, so t
 
 import collections
 import importlib
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import optgrad
 
 KEY = "contract"  # under which a test records which property of which method it is
 _CACHED = "optgrad/contract"
+MARKS = {"passed": "", "xfailed": "†", "skipped": "‡"}
 NONE = "–"  # of that module no test is defined for the method
 BEGIN, END = "<!-- table of properties -->", "<!-- end of the table -->"
 
@@ -33,7 +35,9 @@ def results(reports: Iterable[Any]) -> dict[str, Result]:
     found = {}
     for report in reports:
         recorded = [value for key, value in getattr(report, "user_properties", ()) if key == KEY]
-        if not recorded or (report.when != "call" and report.outcome == "passed"):
+        if not recorded or not hasattr(report, "when"):  # such as a test that was deselected
+            continue
+        if report.when != "call" and report.outcome == "passed":
             continue
         outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
         found[report.nodeid] = Result(*recorded[0], outcome)
@@ -62,17 +66,19 @@ def table(found: Collection[Result], old: str = "") -> str:
     if missing := [name for name in names if name not in rows]:
         raise ValueError(f"no test ran for {missing}, which the table has not: run all methods")
     cells = [cell for name in names for cell in rows[name]]
-    passed = sum(int(cell.split(" + ")[0]) for cell in cells if cell != NONE)
-    expected = sum(int(cell.split(" + ")[1].rstrip("†")) for cell in cells if "†" in cell)
-    skipped = sum(r.outcome == "skipped" for r in found)
+    total: collections.Counter[str] = collections.Counter()
+    for cell in cells:
+        for number, mark in re.findall(rf"(\d+)([{''.join(MARKS.values())}]?)", cell):
+            total[mark] += int(number)
     lines = [
         _row(header),
         _row(["---"] * len(header)),
         *(_row([f"`{name}`", *rows[name]]) for name in names),
         "",
-        f"{passed:,} tests passed; {expected} († in the table) fail as listed, with their reasons, "
-        f"in `tests/contract/upstream.py`, all for optax's own; {skipped} were skipped, where "
-        "jax or a method refuses the placement. A dash: nothing of it is defined for the method.",
+        f"{total['']:,} tests passed. {total['†']} (†) fail as listed, with their reasons, in "
+        f"`tests/contract/upstream.py`, all for optax's own methods. {total['‡']} (‡) were skipped "
+        "where jax or a method refuses the placement. A dash: nothing of it is defined for a "
+        "method.",
         "",
     ]
     for module in modules:
@@ -118,10 +124,8 @@ def _rows(text: str) -> dict[str, list[str]]:
 
 
 def _cell(counts: collections.Counter[tuple[str, str, str]], method: str, module: str) -> str:
-    passed, expected = (counts[method, module, o] for o in ("passed", "xfailed"))
-    if not passed and not expected:
-        return NONE
-    return f"{passed} + {expected}†" if expected else str(passed)
+    numbers = {mark: counts[method, module, outcome] for outcome, mark in MARKS.items()}
+    return " + ".join(f"{n}{mark}" for mark, n in numbers.items() if n) or NONE
 
 
 def _row(cells: Iterable[str]) -> str:

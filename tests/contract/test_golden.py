@@ -4,7 +4,6 @@ Recorded by ``pytest tests/contract/test_golden.py -m "slow or not slow" --recor
 records them again says in the change log why numbers are others.
 """
 
-import json
 from pathlib import Path
 
 import jax
@@ -14,7 +13,7 @@ import pytest
 
 import optgrad
 
-from . import problem
+from . import problem, records
 
 STEPS = 50
 FILE = Path(__file__).parent / "golden.json"
@@ -60,12 +59,11 @@ def trajectory(method, name):
 def test_golden(method, name, request):
     """Fifty steps in float64 are those on record."""
     found = trajectory(method, name)
-    recorded = json.loads(FILE.read_text()) if FILE.exists() else {}
+    recorded = records.read(FILE)
     if request.config.getoption("--record-golden"):
         rows = [[float(f"{x:.12g}") for x in row] for row in found]
         recorded.setdefault(method.name, {})[name] = rows
-        lines = (f'"{key}": {json.dumps(recorded[key])}' for key in sorted(recorded))
-        FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        records.write(FILE, recorded)
         return
     assert name in recorded.get(method.name, {}), f"record it first: {__doc__}"
     np.testing.assert_allclose(found, np.asarray(recorded[method.name][name]), RTOL, ATOL)
@@ -73,4 +71,4 @@ def test_golden(method, name, request):
 
 def test_no_record_is_left_over():
     """Of methods that are no more."""
-    assert {*json.loads(FILE.read_text())} == {m.name for m in optgrad.methods()}
+    assert {*records.read(FILE)} == {m.name for m in optgrad.methods()}

@@ -85,7 +85,7 @@ def test_learning_rate_schedule(method):
     problem.assert_close(actual.updates, run_by_hand(method, values).updates, rtol=1e-4)
 
 
-@pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
+@problem.OWN
 def test_every_real_hyperparameter_is_scheduled(method):
     """Each one may be a schedule; constant ones change no number."""
     values = {**problem.real_hyperparameters(method), problem.tuned(method)[0]: None}

@@ -69,10 +69,7 @@ def test_constant_loss(method):
         problem.assert_identical(params, problem.linear_start())
 
 
-OWN = pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
-
-
-@OWN
+@problem.OWN
 @pytest.mark.parametrize("size", [1e-30, 1e15, 1e30], ids=["1e-30", "1e15", "1e30"])
 def test_tiny_and_huge_gradients(method, size):
     """Gradients of 1e-30 and of 1e15, whose squares have no float32, leave finite numbers."""
@@ -82,7 +79,7 @@ def test_tiny_and_huge_gradients(method, size):
     problem.assert_no_nan(state)
 
 
-@OWN
+@problem.OWN
 @pytest.mark.parametrize("position", [0.0, 1e8], ids=["0", "1e8"])
 def test_position(method, position):
     """Parameters that are all 0, or so large that steps are lost in their rounding."""
@@ -92,7 +89,7 @@ def test_position(method, position):
     problem.assert_no_nan(state)
 
 
-@OWN
+@problem.OWN
 @pytest.mark.methods_where(predicate=lambda method: "learning_rate" in method.hyperparameters)
 def test_extreme_rates(method):
     """A rate of 1e-30 moves nothing far; one of 1e30 leaves finite numbers, if need be guarded."""

@@ -15,7 +15,6 @@ from optgrad.online_regression import parabola
 
 from . import problem
 
-OWN = pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
 ENTRIES = 9  # of `problem.slope_like`
 
 
@@ -38,7 +37,7 @@ def run(method, gradients, start=None):
     return problem.linear_run(method, [tree_of(g) for g in gradients], start)
 
 
-@OWN
+@problem.OWN
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(gradients=streams(2.0**40))
 def test_invariants(method, gradients):
@@ -62,7 +61,7 @@ def test_invariants(method, gradients):
             assert np.all((numbers >= low) & (numbers <= high)), name
 
 
-@OWN
+@problem.OWN
 @hypothesis.settings(max_examples=10)
 @hypothesis.given(gradients=streams(10.0), order=st.permutations(range(ENTRIES)))
 def test_order_of_entries(method, gradients, order):
@@ -83,13 +82,13 @@ def update_with(name):
 
     def step(value, params, state, slope):
         optimizer = problem.create(method, **{key: value})
-        step = problem.make_step(method, optimizer, problem.linear_loss)
-        return step(params, state, problem.linear_batch(slope))
+        training_step = problem.make_step(method, optimizer, problem.linear_loss)
+        return training_step(params, state, problem.linear_batch(slope))
 
     return jax.jit(step)
 
 
-@OWN
+@problem.OWN
 @pytest.mark.methods_where(predicate=lambda method: method.tunes is not None)
 @hypothesis.settings(max_examples=10)
 @hypothesis.given(gradients=streams(10.0), place=st.floats(0, 1))

@@ -3,14 +3,10 @@
 import inspect
 import re
 
-import pytest
-
 import optgrad
 from optgrad.registry import EXTRAS
 
 from . import problem, upstream
-
-OWN = pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
 
 
 def sections(docstring):
@@ -59,7 +55,7 @@ def test_statics_are_the_arguments_that_cannot_be_traced(method):
             assert name in method.static_args, name
 
 
-@OWN
+@problem.OWN
 def test_factory_is_public(method):
     """``optgrad.<name>`` and ``optgrad.scale_by_<name>`` are the record's."""
     assert getattr(optgrad, method.name) is method.factory
@@ -69,7 +65,7 @@ def test_factory_is_public(method):
         assert f"scale_by_{method.name}" in optgrad.__all__
 
 
-@OWN
+@problem.OWN
 def test_docstring_sections(method):
     """Every argument is described; returns, errors, a runnable example and the source are there."""
     found = sections(inspect.getdoc(method.factory))
@@ -81,7 +77,7 @@ def test_docstring_sections(method):
     assert ".. math::" in inspect.getdoc(method.factory)
 
 
-@OWN
+@problem.OWN
 def test_own_families_have_no_expected_failures(method):
     """A failure of an own method is a bug."""
     assert method.name not in {name for name, _ in upstream.FAILURES}

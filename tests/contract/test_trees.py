@@ -73,7 +73,7 @@ def test_weak_types(method, dtypes):
     assert later == [initial, initial]
 
 
-@pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
+@problem.OWN
 @pytest.mark.parametrize("dtypes", ["bfloat16", "float16", "float8_e5m2"], indirect=True)
 def test_averages_are_wide(method, dtypes):
     """For parameters of 8 or 16 bits the state has at least 32, by default."""
@@ -82,7 +82,7 @@ def test_averages_are_wide(method, dtypes):
         assert not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize >= 4, path
 
 
-@pytest.mark.methods_where(predicate=lambda method: method.family != "baselines")
+@problem.OWN
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
 def test_numbers_that_are_not_real_are_refused(method, dtype):
     """By ``init``, which names the leaf, its type and what to do about it."""

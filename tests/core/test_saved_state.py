@@ -1,13 +1,12 @@
 """States by name: what does not fit is refused, and layouts change on purpose only."""
 
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import problem
+from contract import problem, records
 
 import optgrad
 from optgrad.core import saved_state
@@ -118,14 +117,13 @@ def test_layouts_change_on_purpose(name, request):
 
     By ``pytest tests/core/test_saved_state.py -m "slow or not slow" --record-golden -n 0``.
     """
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record = records.read(RECORD)
     found, recorded = layout_of(optgrad.get_method(name)), record.get(name)
     if request.config.getoption("--record-golden"):
         is_new = recorded is None or same_layout(found, recorded["arrays"])
         assert is_new or recorded["layout"] < saved_state.LAYOUT, "increase LAYOUT first"
         record[name] = {"layout": saved_state.LAYOUT, "arrays": found}
-        rows = (f'"{key}": {json.dumps(record[key])}' for key in sorted(record))
-        RECORD.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+        records.write(RECORD, record)
         return
     assert recorded is not None, f"record it first: {test_layouts_change_on_purpose.__doc__}"
     assert same_layout(found, recorded["arrays"]), test_layouts_change_on_purpose.__doc__

@@ -277,7 +277,7 @@ def small(monkeypatch):
     return data._SOURCES
 
 
-REAL_USER_CACHE = data._user_cache
+REAL_USER_CACHE = data.user_cache
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +288,7 @@ def isolated(monkeypatch, tmp_path, request):
     for variable in ("OPTGRAD_DATA_DIR", "OPTGRAD_MIRRORS"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(data, "_user_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(data, "user_cache", lambda: tmp_path / "cache")
     monkeypatch.setattr(data, "_WAIT", 0.0)
 
 
@@ -828,7 +828,7 @@ def test_official_digests_are_sha256():
 
 
 def test_missing_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_user_cache", REAL_USER_CACHE)
+    monkeypatch.setattr(data, "user_cache", REAL_USER_CACHE)
     monkeypatch.setitem(sys.modules, "pooch", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r'pooch .*pip install "optgrad\[experiments\]"'):

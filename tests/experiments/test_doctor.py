@@ -7,7 +7,7 @@ from optgrad.experiments import cli, data, doctor
 
 def test_what_is_there_is_found(tmp_path, monkeypatch):
     """Versions, devices, extras, every data set, the cache; nothing is downloaded."""
-    monkeypatch.setattr(data, "_user_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(data, "user_cache", lambda: tmp_path / "cache")
     monkeypatch.delenv("OPTGRAD_DATA_DIR", raising=False)
     run = CliRunner().invoke(cli.app, ["doctor", "--data-dir", str(tmp_path)])
     assert run.exit_code == 0, run.output

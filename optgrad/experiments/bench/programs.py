@@ -155,9 +155,7 @@ def accessed_bytes(compiled: Any) -> float:
     More than the traffic of a step where XLA makes one loop for each result, as on a CPU: two
     averages of one gradient read it twice.
     """
-    found = compiled.cost_analysis()
-    found = found[0] if isinstance(found, list) else found
-    return float((found or {}).get("bytes accessed", math.nan))
+    return float(compiled.cost_analysis().get("bytes accessed", math.nan))
 
 
 def compiled_for_memory(lowered: Any) -> Any:

@@ -71,7 +71,17 @@ from optgrad.online_regression import (
     ogr_subspace,
     scale_by_momentum_sgd_hybrid,
 )
-from optgrad.registry import Method, Tunable, create, get_method, inject, methods, register
+from optgrad.registry import (
+    Method,
+    Tunable,
+    UnknownHyperparameterError,
+    UnknownMethodError,
+    create,
+    get_method,
+    inject,
+    methods,
+    register,
+)
 from optgrad.step_size import (
     delta_bar_delta,
     idbd,
@@ -119,6 +129,8 @@ __all__ = [
     "StepInfo",
     "TrainingStep",
     "Tunable",
+    "UnknownHyperparameterError",
+    "UnknownMethodError",
     "across_devices",
     "adam_sign",
     "adam_star",

@@ -118,12 +118,12 @@ def polyak_sgd(
     eps: float = 0.0,
     variant: str = "sps",
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.polyak_sgd`, as it is: the step (f − f_min)/|g|², capped; needs value.
+    """`optax.polyak_sgd`, as it is: the step (f − f_min)/‖g‖², capped; needs value.
 
     Its ``scaling`` s multiplies the gradient before that is squared: the step is
-    min((f − f_min)/(s|g|²), s·γ_max), so that s = 2 halves it wherever the cap is inactive, where
-    optax's documentation says s·min((f − f_min)/|g|², γ_max). Use `optgrad.polyak`, whose
-    ``scaling`` is that. (optax also returns 0 where |g| < 1.5e-8, and with ``variant="sps"`` goes
+    min((f − f_min)/(s‖g‖²), s·γ_max), so that s = 2 halves it wherever the cap is inactive, where
+    optax's documentation says s·min((f − f_min)/‖g‖², γ_max). Use `optgrad.polyak`, whose
+    ``scaling`` is that. (optax also returns 0 where ‖g‖ < 1.5e-8, and with ``variant="sps"`` goes
     uphill where f < f_min.)
     """
     return optax.polyak_sgd(max_learning_rate, scaling, f_min, eps, variant)

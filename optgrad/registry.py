@@ -63,7 +63,7 @@ class Method:
       title: what people call it.
       reference: authors, title, year.
       equation: which equation or algorithm box, and the update in one line.
-      needs: names from `EXTRAS`: what ``update`` takes beyond gradients.
+      needs: names from ``optgrad.registry.EXTRAS``: what ``update`` takes beyond gradients.
       static_args: arguments that may not be traced: sizes, strings, callables, dtypes.
       tunes: what a sweep tunes, or None where there is nothing to tune.
       test_hyperparams: keyword arguments under which it converges on small problems.

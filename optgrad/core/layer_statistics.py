@@ -2,7 +2,7 @@
 
 A *tap* is a zero that is added to a layer's outputs before its nonlinearity. The gradient with
 respect to it is that of the outputs, so that one backward pass through the activations gives them
-for all layers at once. `optgrad.core.taps` adds them to the layers of Flax models; flax itself is
+for all layers at once. ``optgrad.core.taps`` adds them to the layers of Flax models; flax itself is
 never imported here.
 """
 
@@ -60,7 +60,7 @@ def layer_statistics(
       model: a Linen module; an NNX module, or its graph definition if it holds parameters only; or
         a function ``(params, inputs, taps) -> (outputs, activations)``, which adds ``taps[path]``
         to the pre-activations of the layer at ``path`` (``a @ W + b + taps["hidden"]``) and returns
-        a dictionary from the same paths to that layer's inputs a. `optgrad.core.taps` makes such
+        a dictionary from the same paths to that layer's inputs a. ``optgrad.core.taps`` makes such
         functions of Flax models that are called in another way.
       params: θ; for a Linen module its ``"params"`` collection or all of its variables, for an
         NNX module its state of ``nnx.Param``.

@@ -183,8 +183,8 @@ def bfgs(
     steps (145 gradient equivalents) to 10⁻²⁰, Rosenbrock's valley from (−1.2, 1) 39 (101) to 10⁻¹²;
     with ``curv_rtol=0.1`` 17 (107) and 24 (104); 25 valleys side by side 135 (326) and 95 (441). It
     fails on minibatches, where differences of gradients are noise, and for many parameters:
-    D = 5000 is a matrix of 100 MB, touched five times a step (`lbfgs` keeps a few vectors). It has
-    no negative curvature in its model, and leaves a saddle only by the line search.
+    D = 5000 is a matrix of 100 MB, touched five times a step (``lbfgs`` keeps a few vectors). It
+    has no negative curvature in its model, and leaves a saddle only by the line search.
 
     A step costs the gradient, one gradient for each evaluation of the search (1 to 5; 20 where one
     fails) and one loss (⅓), about 3 gradient equivalents, and O(D²); the state holds D + 3 vectors.

@@ -97,7 +97,7 @@ def kfac(
       period: steps between two inversions, an integer ≥ 1. Under `jax.vmap` over runs, create the
         state inside of the mapped function: otherwise every step inverts.
       layers: paths of the layers (``("Dense_0", "layers/1")``) to be preconditioned; None is all
-        that `params` have, mappings with a floating-point ``"kernel"`` of 2 or 4 axes.
+        that ``params`` have, mappings with a floating-point ``"kernel"`` of 2 or 4 axes.
       fallback: transformation of all other leaves (embeddings, normalisation, layers left out),
         giving their final, signed updates; it sees gradients and parameters alone, no extra
         arguments, with `optax.MaskedNode` in place of the layers. The

@@ -80,7 +80,7 @@ def check_name(problem: str, options: Mapping[str, Any]) -> None:
     """Refuses what can be refused without running a user's file.
 
     Args:
-      problem: a name from `problems`, or ``FILE.py`` or ``FILE.py:FUNCTION``.
+      problem: a name from ``optgrad problems``, or ``FILE.py`` or ``FILE.py:FUNCTION``.
       options: the arguments that it is to have.
 
     Raises:
@@ -111,10 +111,10 @@ def create_problem(problem: str, *, batch_size: int = 1, **options: Any) -> Prob
     """A problem by its name, or from a user's file.
 
     Args:
-      problem: a name from `problems`, or ``FILE.py`` (its function ``problem``) or
+      problem: a name from ``optgrad problems``, or ``FILE.py`` (its function ``problem``) or
         ``FILE.py:FUNCTION``.
       batch_size: examples per step.
-      options: as `problems` or the user's function has them.
+      options: as ``optgrad problems`` or the user's function has them.
 
     Raises:
       ValueError: whatever is wrong with the name, the file or the options.

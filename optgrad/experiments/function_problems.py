@@ -50,7 +50,7 @@ def function_problem(
         residuals themselves refuse a problem with noise, which is no sum of squares.
 
     Returns:
-      The problem. Its metrics are without noise: ``loss`` = f; with a minimum ``excess`` = f − f*,
+      The problem, with metrics without noise: ``loss`` = f; with a minimum ``excess`` = f − f*,
       by which it is then judged; with minimizers ``distance`` to the nearest.
 
     Raises:

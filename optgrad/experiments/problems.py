@@ -41,17 +41,17 @@ class Problem:
         pytree with leading axis num_steps; a function of key and step alone.
       batch: (data, one of these) -> the batch itself, leading axis B on every leaf.
       loss: (parameters, batch) -> mean loss.
-      example_loss: (parameters, one example of a batch) -> its loss; `loss` is the mean of these.
+      example_loss: (parameters, one example of a batch) -> its loss; ``loss`` is the mean of these.
       splits: evaluation split -> number of batches in which it is evaluated.
       evaluate: (parameters, data, split, index) -> sums over one evaluation batch, by metric (one
         of them ``"loss"``), and under ``"count"`` the number of examples.
-      has_convolutions: whether the loss convolves (see `engine`).
+      has_convolutions: whether the loss convolves: some backends are then slow under vmap.
       outputs: (parameters, batch) -> outputs z, any pytree, for methods that need ``outputs_fn``.
-      out_loss: (z, batch) -> mean loss, convex in z; of `outputs` it is `loss`.
-      residuals: (parameters, batch) -> r, any pytree, with `loss` = ½ Σ r² over all of them.
+      out_loss: (z, batch) -> mean loss, convex in z; of ``outputs`` it is ``loss``.
+      residuals: (parameters, batch) -> r, any pytree, with ``loss`` = ½ Σ r² over all of them.
       layer_statistics: (parameters, batch, key) -> ``kfac_stats``, with labels that the key samples
         from the model, or without a key those of the batch.
-      score: by which metric runs are judged; `evaluate` gives it for the split ``"test"``.
+      score: by which metric runs are judged; ``evaluate`` gives it for the split ``"test"``.
     """
 
     name: str

@@ -155,7 +155,7 @@ def ogr_subspace(
       gradients in multiple statistically relevant directions", 2019; notebooks of 2022–23.
 
     Deviations from the paper: the Hessian is the symmetric least-squares estimate instead of
-    Eq. (14), which is no estimate of one (see `optgrad.online_regression.parabola.hessian`);
+    Eq. (14), which is no estimate of one (see ``optgrad.online_regression.parabola.hessian``);
     statistics turn with the basis, which is independent of the gradient that it projects; guards
     ``epsilon``, ``lr_max``, ``ridge``, warm-up. Directions move least at each step and turn to the
     eigenvectors of H only when due, at no cost of parameter size. With ``paper`` on the 3-D Beale

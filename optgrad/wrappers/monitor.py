@@ -181,7 +181,7 @@ def monitor(
 
 
 def monitored(state: Any) -> dict[str, Summary]:
-    """The last finished interval of all `monitor`s within a state, by quantity.
+    """The last finished interval of every `monitor` within a state, by quantity.
 
     Args:
       state: any optimizer state, also one of many runs under `jax.vmap`.

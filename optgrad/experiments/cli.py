@@ -12,6 +12,7 @@ from rich.live import Live
 import optgrad
 from optgrad.experiments import (
     cli_bench,
+    cli_gallery,
     cli_methods,
     cli_report,
     cli_reproduce,
@@ -214,6 +215,7 @@ def soak(
 
 app.command("report")(cli_report.report)
 app.command("reproduce")(cli_reproduce.reproduce)
+app.command("gallery")(cli_gallery.gallery)
 app.add_typer(cli_bench.app, name="bench")
 
 

@@ -79,9 +79,67 @@ def goldstein_price(x: Any) -> Any:
     return (1 + (u + v + 1) ** 2 * first) * (30 + (2 * u - 3 * v) ** 2 * second)
 
 
+STYBLINSKI_TANG_MINIMIZER = -2.903534027771177  # of each coordinate; the other minimum is local
+STYBLINSKI_TANG_MINIMUM = -39.16616570377142  # of each coordinate
+
+
+def styblinski_tang(x: Any) -> Any:
+    """½ Σ (x⁴ − 16x² + 5x), of Styblinski & Tang (1990): each coordinate has two minima.
+
+    The global one is `STYBLINSKI_TANG_MINIMUM` per coordinate, at `STYBLINSKI_TANG_MINIMIZER`;
+    the local one, at 2.7468, is higher by 14.14.
+    """
+    return 0.5 * (x**4 - 16 * x**2 + 5 * x).sum(axis=-1)
+
+
+def rotated_quadratic(x: Any, curvature: float) -> Any:
+    """½ (p² + κq²), with (p, q) = x in axes that are rotated by 30°; minimum 0 at the origin."""
+    p, q = _rotated(x)
+    return 0.5 * (p**2 + curvature * q**2)
+
+
+def rotated_quadratic_residuals(x: Any, curvature: float, slope: Any = 0.0) -> Any:
+    """What `rotated_quadratic` squares and halves, shape (…, 2); of JAX arrays.
+
+    With a slope s, of an array like x, half their squares are the quadratic + sᵀx + a constant.
+    """
+    p, q = _rotated(x)
+    a, b = _rotated(jnp.broadcast_to(slope, x.shape))
+    root = curvature**0.5
+    return jnp.stack([p + a, root * q + b / root], axis=-1)
+
+
+def _rotated(x: Any) -> tuple[Any, Any]:
+    u, v = x[..., 0], x[..., 1]
+    cos, sin = 0.75**0.5, 0.5
+    return cos * u + sin * v, cos * v - sin * u
+
+
+def plateau(x: Any) -> Any:
+    """s/(1 + s) with s = ½ (x² + 10y²): a basin in a plain at height 1; minimum 0 at the origin.
+
+    The loss of Geman & McClure (1987), of two coordinates. Far away the gradient falls like the
+    third power of the distance.
+    """
+    s = 0.5 * (x[..., 0] ** 2 + 10 * x[..., 1] ** 2)
+    return s / (1 + s)
+
+
+def plateau_residuals(x: Any) -> Any:
+    """What `plateau` squares and halves, shape (…, 2); of JAX arrays."""
+    r = jnp.stack([x[..., 0], 10**0.5 * x[..., 1]], axis=-1)
+    return r / jnp.sqrt(1 + 0.5 * jnp.sum(r * r, axis=-1, keepdims=True))
+
+
 def saddle(x: Any) -> Any:
     """x² − y² + y⁴/4 + 1, a saddle at the origin; minima 0 at (0, ±√2)."""
     return saddle_of(x[..., 0], x[..., 1]) + 1
+
+
+def saddle_residuals(x: Any) -> Any:
+    """√2 times the roots in x² + (y²/2 − 1)² = `saddle`, shape (…, 2); of JAX arrays."""
+    u, v = x[..., 0], x[..., 1]
+    return _ROOT2 * jnp.stack([u, 0.5 * v**2 - 1.0], axis=-1)
 
 
 def saddle_of(u: Any, v: Any) -> Any:

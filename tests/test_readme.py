@@ -19,9 +19,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 # Folders of docs that are written when the site is built, or checked by other tests.
 GENERATED = ("_build", "methods", "notebooks")
 GUIDES = [
-    page
-    for page in sorted(DOCS.rglob("*.md"))
-    if page.relative_to(DOCS).parts[0] not in GENERATED
+    page for page in sorted(DOCS.rglob("*.md")) if page.relative_to(DOCS).parts[0] not in GENERATED
 ]
 PAGES = (README, CONTRIBUTING, *GUIDES)
 

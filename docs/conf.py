@@ -30,7 +30,11 @@ extensions = [
     "generated_pages",
 ]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
-exclude_patterns = ["_build", "_extensions", "results/**/*.json"]
+exclude_patterns = [
+    "_build",
+    "_extensions",
+    "results/gallery/*",  # its pages are in gallery, with the pictures
+]
 
 html_theme = "furo"
 html_title = f"optgrad {version}"

@@ -97,3 +97,18 @@ def test_a_build_fails_where_an_example_prints_something_else(tmp_path, monkeypa
         checked_examples._check(app)
     app.config.check_examples = False
     checked_examples._check(app)
+
+
+def test_gallery_has_a_page_for_each_landscape(pages):
+    report = "# All\n\n[interactive.html](interactive.html)\n\n## How\n\n## Beale\n\nText.\n"
+    found = pages.gallery_pages(report)
+    assert found["beale"] == "# Beale\n\nText.\n"
+    assert "Text." not in found["report"]
+    assert "## How" in found["report"]
+    assert '<a href="../interactive.html">' in found["report"]
+
+
+def test_every_landscape_is_in_the_toctree_of_the_gallery(pages):
+    listed = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    for name in pages.places():
+        assert f"\ngallery/{name}\n" in listed

@@ -14,6 +14,9 @@ from sphinx.application import Sphinx
 
 import optgrad
 from optgrad import registry
+from optgrad.experiments import gallery
+from optgrad.experiments.gallery.page import NAME as INTERACTIVE
+from optgrad.experiments.gallery.places import places
 
 DOCS = Path(__file__).parents[1]
 NUMBERS = DOCS / "results" / "gallery"
@@ -45,10 +48,6 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {  # of the API beside the methods
 
 
 def _write(app: Sphinx) -> None:
-    try:
-        from optgrad.experiments import gallery
-    except ImportError:
-        gallery = None
 
     methods = optgrad.methods()
     sources = [method_examples.source(method) for method in methods]
@@ -56,18 +55,19 @@ def _write(app: Sphinx) -> None:
     printed = method_examples.all_printed(sources) if run else [""] * len(sources)
     folder = _emptied(DOCS / "methods", keep={"index.md", *(f"{m.name}.md" for m in methods)})
     for method, source, text in zip(methods, sources, printed, strict=True):
-        if gallery:
-            figure = gallery.pictures.sensitivity(NUMBERS, method.name)
-        if gallery:
-            gallery.pictures.save(figure, folder / f"{method.name}.svg")
+        figure = gallery.pictures.sensitivity(NUMBERS, method.name)
+        gallery.pictures.save(figure, folder / f"{method.name}.svg")
         _update(folder / f"{method.name}.md", method_page(method, source, text))
     _update(folder / "index.md", "\n".join(_index()))
     _update(DOCS / "api.md", "\n".join(_api()))
     for notebook in sorted((DOCS.parent / "notebooks").glob("*.ipynb")):
         place = _folder(DOCS / "notebooks") / notebook.name
         _update(place, notebook.read_text(encoding="utf-8"))
-    if gallery:
-        gallery.draw(NUMBERS, _folder(DOCS / "gallery"))
+    drawn = _folder(DOCS / "gallery")
+    gallery.draw(NUMBERS, drawn)
+    report = drawn / gallery.REPORT
+    for name, text in gallery_pages(report.read_text(encoding="utf-8")).items():
+        _update(drawn / f"{name}.md", text)
 
 
 # One method -------------------------------------------------------------------------------------
@@ -273,6 +273,26 @@ def _api() -> Iterator[str]:
         yield f".. {directive}:: optgrad.experiments.{name}"
         yield "```"
         yield ""
+
+
+# The gallery ------------------------------------------------------------------------------------
+
+
+def gallery_pages(report: str) -> dict[str, str]:
+    """The gallery's report as pages: one for each landscape, and ``report`` with all the rest."""
+    link = f"[{INTERACTIVE}]({INTERACTIVE})"
+    first, *sections = report.replace(link, f'<a href="../{INTERACTIVE}">{INTERACTIVE}</a>').split(
+        "\n## "
+    )
+    names = {place.title: place.name for place in places().values()}
+    found, rest = {}, [first]
+    for section in sections:
+        title = section.split("\n", 1)[0]
+        if title in names:
+            found[names[title]] = f"# {section}"
+        else:
+            rest.append(section)
+    return {"report": "\n## ".join(rest), **found}
 
 
 # Small things -----------------------------------------------------------------------------------

@@ -1,10 +1,15 @@
-"""The command line: what can be done with optimizers, problems, studies and their results."""
+"""The command line: what can be done with optimizers, problems, studies and their results.
+
+What imports JAX is imported within the commands: their help, and the shell's completion, need none.
+"""
 
 import contextlib
+import shlex
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
@@ -12,26 +17,54 @@ from rich.live import Live
 import optgrad
 from optgrad.experiments import (
     cli_bench,
+    cli_commands,
     cli_gallery,
     cli_methods,
+    cli_names,
     cli_report,
     cli_reproduce,
-    report,
+    interrupts,
     terminal,
-    user_problems,
 )
-from optgrad.experiments import config as config_lib
-from optgrad.experiments.live_view import LiveView
+from optgrad.experiments.cli_commands import (
+    BUDGET,
+    COMPARE,
+    MACHINE,
+    OUTPUT,
+    PROCESSES,
+    RUNNING,
+    TUNING,
+    WHAT,
+)
+from optgrad.experiments.cli_later import Later
+
+if TYPE_CHECKING:
+    from optgrad.experiments.config import CompareConfig
+
+config_lib = Later("optgrad.experiments.config")
 
 # How a process meets the others, in compare and in resume.
 Coordinator = Annotated[
-    str | None, typer.Option(help="HOST:PORT of process 0 of several, or auto on a cluster.")
+    str | None,
+    typer.Option(
+        help="Process 0, or 'auto' on a cluster.", metavar="HOST:PORT", rich_help_panel=PROCESSES
+    ),
 ]
-NumProcesses = Annotated[int | None, typer.Option(help="How many processes.")]
-ProcessId = Annotated[int | None, typer.Option(help="Which of them this is, from 0.")]
-Timeout = Annotated[int, typer.Option(help="Seconds to wait for the other processes.")]
+NumProcesses = Annotated[
+    int | None, typer.Option(help="How many there are.", metavar="N", rich_help_panel=PROCESSES)
+]
+ProcessId = Annotated[
+    int | None, typer.Option(help="Which one this is, from 0.", metavar="N",
+                             rich_help_panel=PROCESSES),
+]  # fmt: skip
+Timeout = Annotated[
+    int, typer.Option(help="Seconds to wait for them.", metavar="S", rich_help_panel=PROCESSES)
+]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with the data set.", metavar="DIR", rich_help_panel=WHAT)
+]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app = cli_commands.create_app()
 
 
 def _print_version(wanted: bool) -> None:
@@ -49,49 +82,113 @@ def _main(
         ),
     ] = False,
 ) -> None:
-    """Optimizers that know about curvature, gradient variance and step size, compared fairly."""
+    """Optimizers that know about curvature, gradient variance and step size.
+
+    Example: optgrad compare --optimizers adam,m_svag
+    """
 
 
-app.command("list")(cli_methods.list_methods)
-app.command("show")(cli_methods.show)
-app.command("problems")(cli_methods.list_problems)
+app.command("list", rich_help_panel=cli_commands.LOOK)(cli_methods.list_methods)
+app.command("show", rich_help_panel=cli_commands.LOOK)(cli_methods.show)
+app.command("problems", rich_help_panel=cli_commands.LOOK)(cli_methods.list_problems)
 
 
-@app.command()
+@app.command(rich_help_panel=COMPARE)
 def compare(  # noqa: PLR0917  typer reads the options from the signature
-    config: Annotated[Path | None, typer.Option(help="A TOML file; default: digits.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with all of these.", metavar="FILE",
+                                  rich_help_panel=WHAT),
+    ] = None,
     problem: Annotated[
-        str | None, typer.Option(help="A name from 'optgrad problems', or FILE.py[:FUNCTION].")
+        str | None,
+        typer.Option(help="See 'optgrad problems'; or FILE.py[:FUNCTION].", metavar="NAME",
+                     autocompletion=cli_names.beginning(cli_names.problems), rich_help_panel=WHAT),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="digits, mnist, cifar10, …")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
-    model: Annotated[str | None, typer.Option(help="mlp, mlp_small, cifar10_cnn, …")] = None,
-    optimizers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps of a run.")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Replications of the best rate.")] = None,
-    rates: Annotated[str | None, typer.Option(help="Rates to try, separated by commas.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="digits, mnist, cifar10, …", metavar="NAME",
+                     autocompletion=cli_names.beginning(cli_names.datasets), rich_help_panel=WHAT),
+    ] = None,
+    data_dir: DataDir = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="mlp, mlp_small, cifar10_cnn, …", metavar="NAME",
+                     autocompletion=cli_names.beginning(cli_names.models), rich_help_panel=WHAT),
+    ] = None,
+    optimizers: Annotated[
+        str | None,
+        typer.Option(help="See 'optgrad list'; with commas between.", metavar="NAMES",
+                     autocompletion=cli_names.listed(cli_names.methods), rich_help_panel=WHAT),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of a run.", metavar="N",
+                                 rich_help_panel=BUDGET),
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations.", metavar="N",
+                                 rich_help_panel=BUDGET),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples per step.", metavar="N", rich_help_panel=BUDGET)
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Replications of the best rate.", metavar="N",
+                                 rich_help_panel=BUDGET),
+    ] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Rates to try, with commas between.", metavar="RATES",
+                                 rich_help_panel=TUNING),
+    ] = None,
     tuning: Annotated[
-        str | None, typer.Option(help="search, grid, random, halton or none.")
+        str | None,
+        typer.Option(help="search, grid, random, halton or none.", metavar="HOW",
+                     autocompletion=cli_names.one_of("search", "grid", "random", "halton", "none"),
+                     rich_help_panel=TUNING),
     ] = None,
-    select_by: Annotated[str | None, typer.Option(help="validation_accuracy, …")] = None,
-    vectorize: Annotated[str | None, typer.Option(help="auto, vmap or map.")] = None,
-    tensorboard: Annotated[
-        bool | None, typer.Option("--tensorboard", help="TensorBoard event files, too.")
+    select_by: Annotated[
+        str | None,
+        typer.Option(help="validation_accuracy, test_loss, …", metavar="METRIC",
+                     autocompletion=cli_names.one_of("validation_accuracy", "validation_loss",
+                                                     "test_accuracy", "test_loss"),
+                     rich_help_panel=TUNING),
     ] = None,
-    mesh: Annotated[str | None, typer.Option(help="Devices: runs=4,data=2.")] = None,
+    vectorize: Annotated[
+        str | None,
+        typer.Option(help="Runs together or in turn: auto, vmap or map.", metavar="HOW",
+                     autocompletion=cli_names.one_of("auto", "vmap", "map"),
+                     rich_help_panel=RUNNING),
+    ] = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="Devices, such as runs=4,data=2.", metavar="AXES",
+                                 rich_help_panel=RUNNING),
+    ] = None,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
     timeout: Timeout = 300,
-    output: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier results folder.")] = False,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any field: FIELD=VALUE, repeatable.")
+    output: Annotated[
+        Path | None, typer.Option(help="Results folder.", metavar="DIR", rich_help_panel=OUTPUT)
     ] = None,
-) -> None:
-    """Tune, replicate and compare optimizers; the default is the paper's four on digits."""
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier results folder.",
+                           rich_help_panel=OUTPUT),
+    ] = False,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard", help="TensorBoard event files, too.",
+                                  rich_help_panel=OUTPUT),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any field of the file; repeatable.",
+                                       metavar="FIELD=VALUE"),
+    ] = None,
+) -> None:  # fmt: skip
+    """Tune, replicate and compare optimizers.
+
+    Without options: the four of "Dissecting Adam" on scikit-learn's digits.
+
+    Example: optgrad compare --optimizers adam,m_svag --output results/try
+    Example: optgrad compare --config study.toml --set l2=1e-4
+    """
     overrides: dict[str, Any] = {
         "problem": problem,
         "dataset": dataset,
@@ -110,7 +207,6 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
         "mesh": mesh,
         "output": output,
     }
-    # Imported here: 'optgrad list' and a refused configuration need no data set and no figures.
     from optgrad.experiments import checkpoint, results  # noqa: PLC0415
 
     with terminal.refusals():
@@ -131,18 +227,24 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
             _run_study(settings, folder, journal, overwrite=overwrite)
 
 
-@app.command()
+@app.command(rich_help_panel=COMPARE)
 def resume(  # noqa: PLR0917  typer reads the options from the signature
     folder: Annotated[
-        Path, typer.Argument(help="The results folder that was to be written, or its .partial.")
+        Path,
+        typer.Argument(help="The results folder that was to be written, or its .partial."),
     ],
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
+    data_dir: DataDir = None,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
     timeout: Timeout = 300,
 ) -> None:
-    """Go on with a comparison that was interrupted, at any moment and in any way."""
+    """Go on with a comparison that was interrupted.
+
+    At any moment and in any way: by Ctrl-C, kill -9 or a power failure.
+
+    Example: optgrad resume results/try
+    """
     from optgrad.experiments import checkpoint, results  # noqa: PLC0415
 
     with contextlib.ExitStack() as stack:
@@ -165,46 +267,79 @@ def resume(  # noqa: PLR0917  typer reads the options from the signature
         destination = folder.with_name(folder.name.removesuffix(checkpoint.SUFFIX))
         # Results that are there are earlier ones that were to be replaced, or already its own.
         results.check_destination(destination, overwrite=True)
-        _run_study(settings, destination, journal, overwrite=True)
+        _run_study(settings, destination, journal, overwrite=True, resumed=True)
 
 
-@app.command()
+app.command("report", rich_help_panel=COMPARE)(cli_report.report)
+app.command("reproduce", rich_help_panel=cli_commands.PAPERS)(cli_reproduce.reproduce)
+app.command(
+    "gallery",
+    short_help="Draw the paths of all methods on landscapes.",
+    rich_help_panel=cli_commands.PAPERS,
+)(cli_gallery.gallery)
+
+
+@app.command(rich_help_panel=MACHINE)
 def doctor(
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with data sets.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with data sets.", metavar="DIR")
+    ] = None,
 ) -> None:
-    """Show versions, devices, data and caches, and run a self test of one second.
+    """Show versions, devices, data and caches; test for a second.
 
     Example: optgrad doctor --data-dir DATA
     """
-    from optgrad.experiments import doctor as lib  # noqa: PLC0415
+    with terminal.errors.status("Looking and testing"), terminal.refusals():
+        from optgrad.experiments import doctor as lib  # noqa: PLC0415
 
-    found = []
-    with terminal.refusals():
-        for finding in lib.findings(data_dir):
-            found.append(finding)
+        found = list(lib.findings(data_dir))
     rows = [(f.name, f"{'' if f.is_fine else '– '}{f.found}") for f in found]
     terminal.console.print(terminal.table(("what", "found"), rows, shares=(1, 3)))
     if not found[-1].is_fine:
         raise typer.Exit(1)
 
 
-@app.command()
+app.add_typer(cli_bench.app, name="bench", rich_help_panel=MACHINE)
+
+
+@app.command(rich_help_panel=MACHINE)
 def soak(
-    minutes: Annotated[float, typer.Option(min=0, help="How long studies begin.")] = 20.0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="How long studies begin.", metavar="M")
+    ] = 20.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.", metavar="N")] = 0,
 ) -> None:
-    """Kill and resume random studies, and check that nothing is lost.
+    """Kill and resume random studies: nothing may be lost.
 
     Example: optgrad soak --minutes 20
     """
     from optgrad.experiments import soak as lib  # noqa: PLC0415
 
-    folder = Path(tempfile.mkdtemp(prefix="optgrad-soak-"))
-    try:
-        found = lib.soak(minutes, seed, folder, lambda line: terminal.console.print(
-            line, markup=False, highlight=False, soft_wrap=True))  # fmt: skip
-    except lib.LostError as error:  # what was found stays there
-        raise terminal.refuse(error) from None
+    came_through: list[str] = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="optgrad-soak-"))
+        stack.enter_context(
+            interrupts.explained(
+                lambda: (
+                    f"Interrupted; {len(came_through)} studies came through, and nothing is left"
+                )
+            )
+        )
+        on_progress = stack.enter_context(terminal.progress())
+        on_progress("the first study", 0)
+
+        def on_study(line: str) -> None:
+            came_through.append(line)
+            terminal.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            on_progress(f"{len(came_through)} came through; the next study", 0)
+
+        try:
+            found = lib.soak(minutes, seed, folder, on_study)
+        except lib.LostError as error:  # what was found stays there
+            raise terminal.refuse(error) from None
+        except KeyboardInterrupt:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     folder.rmdir()
     terminal.console.print(
         f"{found.kills} kills in {found.studies} studies, {found.seconds / 60:.1f} minutes: "
@@ -213,17 +348,16 @@ def soak(
     )  # fmt: skip
 
 
-app.command("report")(cli_report.report)
-app.command("reproduce")(cli_reproduce.reproduce)
-app.command("gallery")(cli_gallery.gallery)
-app.add_typer(cli_bench.app, name="bench")
+cli_commands.finish(app)
 
 
-def _resolved(settings: config_lib.CompareConfig) -> dict[str, Any]:
+def _resolved(settings: "CompareConfig") -> dict[str, Any]:
     """The configuration as JSON, with places that mean the same from any folder."""
     config = settings.model_dump(mode="json")
     if settings.data_dir and not settings.problem:
         config["data_dir"] = str(settings.data_dir.resolve())
+    from optgrad.experiments import user_problems  # noqa: PLC0415
+
     if place := user_problems.file_of(settings.problem):
         path, function = place
         config["problem"] = f"{path.resolve()}:{function}"
@@ -231,42 +365,64 @@ def _resolved(settings: config_lib.CompareConfig) -> dict[str, Any]:
 
 
 def _run_study(
-    settings: config_lib.CompareConfig, folder: Path, journal: Any, *, overwrite: bool
+    settings: "CompareConfig", folder: Path, journal: Any, *, overwrite: bool, resumed: bool = False
 ) -> None:
     """Runs a comparison to its end, or as far as it comes, and prints what it found."""
     from optgrad.experiments import compare as compare_lib  # noqa: PLC0415
-    from optgrad.experiments import distributed, event_files, results  # noqa: PLC0415
+    from optgrad.experiments import (  # noqa: PLC0415
+        distributed,
+        event_files,
+        live_view,
+        report,
+        results,
+    )
 
     if settings.tensorboard:
         event_files.check_installed()
-    live = LiveView(settings)
-    keeper = journal
-    if distributed.process_count() > 1:
-        distributed.broadcast(_resolved(settings))
-        keeper = distributed.SharedJournal(journal)
-    try:
-        with Live(
-            get_renderable=live.render,
-            console=terminal.console,
-            refresh_per_second=4,
-            transient=True,
-        ):
-            comparison = compare_lib.run_comparison(
-                settings, live.on_interval, keeper, live.on_note
-            )
-        results.write(comparison, folder, overwrite=overwrite)
-        results.remove_leftovers(folder)  # the journal's lock keeps other processes out
-    except BaseException:
-        if not journal.is_empty:
-            terminal.errors.print(
-                f"Interrupted; go on with: optgrad resume {folder}",
-                markup=False, highlight=False, soft_wrap=True,
-            )  # fmt: skip
-        raise
-    journal.discard()
+    how_to_go_on = f"Interrupted; go on with: optgrad resume {shlex.quote(str(folder))}"
+
+    def advice() -> str:
+        if resumed or not journal.is_empty:
+            return how_to_go_on
+        return "Interrupted before anything was computed; nothing was written"
+
+    with interrupts.explained(advice, at_once=how_to_go_on):
+        live = live_view.LiveView(settings)
+        keeper = journal
+        if distributed.process_count() > 1:
+            distributed.broadcast(_resolved(settings))
+            keeper = distributed.SharedJournal(journal)
+        try:
+            _download(settings)
+            with Live(
+                get_renderable=live.render,
+                console=terminal.console,
+                refresh_per_second=4,
+                transient=True,
+            ):
+                comparison = compare_lib.run_comparison(
+                    settings, live.on_interval, keeper, live.on_note
+                )
+            results.write(comparison, folder, overwrite=overwrite)
+            results.remove_leftovers(folder)  # the journal's lock keeps other processes out
+        except Exception:
+            if not journal.is_empty:
+                terminal.errors.print(how_to_go_on, markup=False, highlight=False, soft_wrap=True)
+            raise
+        journal.discard()
     header, rows = report.table(comparison)
     terminal.console.print(terminal.table(header, rows, title=comparison.problem))
     terminal.console.print(f"Results, curves and report: {folder}", highlight=False, soft_wrap=True)
+
+
+def _download(settings: "CompareConfig") -> None:
+    """Gets the data set if it is not there: under the live view its progress would not be seen."""
+    from optgrad.experiments import data  # noqa: PLC0415
+
+    if not terminal.console.is_terminal or settings.problem:
+        return
+    if not data.whereabouts(settings.dataset, settings.data_dir):
+        data.load(settings.dataset, settings.data_dir)
 
 
 @contextlib.contextmanager
@@ -285,17 +441,18 @@ def _together(
         yield distributed.is_first()
 
 
-def _take_part(data_dir: Path | None, own: config_lib.CompareConfig | None = None) -> None:
+def _take_part(data_dir: Path | None, own: "CompareConfig | None" = None) -> None:
     """Runs what the first process runs; prints and writes nothing."""
     from optgrad.experiments import compare as compare_lib  # noqa: PLC0415
     from optgrad.experiments import distributed  # noqa: PLC0415
 
-    config = distributed.broadcast(None)
-    if own:
-        distributed.check_agreement(_resolved(own), config)
-    place = {"data_dir": data_dir} if data_dir else {}
-    settings = config_lib.CompareConfig.model_validate({**config, **place})
-    compare_lib.run_comparison(settings, journal=distributed.SharedJournal(None))
+    with interrupts.explained(lambda: "Interrupted; process 0 says how to go on"):
+        config = distributed.broadcast(None)
+        if own:
+            distributed.check_agreement(_resolved(own), config)
+        place = {"data_dir": data_dir} if data_dir else {}
+        settings = config_lib.CompareConfig.model_validate({**config, **place})
+        compare_lib.run_comparison(settings, journal=distributed.SharedJournal(None))
 
 
 def _split(text: str | None) -> list[Any] | None:

@@ -2,26 +2,37 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optgrad import registry
-from optgrad.core import checks
-from optgrad.experiments import compilation, terminal
+from optgrad.experiments import cli_commands, cli_names, terminal
+from optgrad.experiments.cli_later import Later
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+if TYPE_CHECKING:
+    from optgrad.registry import Method
 
-Methods = Annotated[list[str] | None, typer.Argument(help="Names from 'optgrad list'; none: all.")]
-Output = Annotated[Path | None, typer.Option(help="Folder for Markdown and JSON.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace an earlier folder.")]
-Rounds = Annotated[int, typer.Option(min=1, help="How often everything is timed, in turn.")]
+registry, checks = Later("optgrad.registry"), Later("optgrad.core.checks")
+compilation = Later("optgrad.experiments.compilation")
+
+app = cli_commands.create_app()
+
+Methods = Annotated[
+    list[str] | None,
+    typer.Argument(help="Names from 'optgrad list'; none: all.",
+                   autocompletion=cli_names.beginning(cli_names.methods)),
+]  # fmt: skip
+Output = Annotated[Path | None, typer.Option(help="Folder for Markdown and JSON.", metavar="DIR")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier folder.")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often all is timed.", metavar="N")]
 
 
 @app.callback()
 def _bench() -> None:
-    """Measure what a step, its compilation and runs in a sweep cost."""
-    compilation.without_cache()  # reading a program back is not what is measured
+    """Measure what a step, its compilation and a sweep cost.
+
+    Example: optgrad bench step adam m_svag --tree one
+    """
 
 
 @app.command("step")
@@ -29,11 +40,19 @@ def step(  # noqa: PLR0917  typer reads the options from the signature
     methods: Methods = None,
     tree: Annotated[
         list[str] | None,
-        typer.Option(help="one, hundred, small400, resnet18, transformer, few; repeatable."),
+        typer.Option(help="one, hundred, small400, resnet18, transformer, few; repeatable.",
+                     metavar="NAME", autocompletion=cli_names.beginning(cli_names.trees)),
     ] = None,
-    param_dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    param_dtype: Annotated[
+        str,
+        typer.Option(help="float32 or bfloat16.", metavar="TYPE",
+                     autocompletion=cli_names.one_of("float32", "bfloat16")),
+    ] = "float32",
     state_dtype: Annotated[
-        str, typer.Option(help="default, float32, bfloat16, nearest or stochastic.")
+        str,
+        typer.Option(help="float32, bfloat16, nearest or stochastic.", metavar="TYPE",
+                     autocompletion=cli_names.one_of("default", "float32", "bfloat16", "nearest",
+                                                     "stochastic")),
     ] = "default",
     rounds: Rounds = 20,
     peers: Annotated[
@@ -41,11 +60,17 @@ def step(  # noqa: PLR0917  typer reads the options from the signature
     ] = False,
     output: Output = None,
     overwrite: Overwrite = False,
-) -> None:
-    """Time a step of each method beside optax.adam and the bytes that it must move."""
+) -> None:  # fmt: skip
+    """Time a step of each method.
+
+    Beside optax.adam, and beside the bytes that a step must move.
+
+    Example: optgrad bench step adam m_svag --tree one --rounds 5
+    """
     from optgrad.experiments.bench import step as lib  # noqa: PLC0415
     from optgrad.experiments.bench import trees  # noqa: PLC0415
 
+    compilation.without_cache()  # reading a program back is not what is measured
     with terminal.refusals():
         chosen = _methods(methods)
         named = tree or ["one", "hundred"]
@@ -73,16 +98,24 @@ def step(  # noqa: PLR0917  typer reads the options from the signature
 @app.command("compile")
 def compile_(
     methods: Methods = None,
-    leaves: Annotated[list[int] | None, typer.Option(min=1, help="How many; repeatable.")] = None,
+    leaves: Annotated[
+        list[int] | None, typer.Option(min=1, help="How many; repeatable.", metavar="N")
+    ] = None,
     saving_memory: Annotated[
         bool, typer.Option("--saving-memory", help="XLA's schedule of accelerators, on a CPU.")
     ] = False,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Time the compilation of a step, and count copies, temporaries and instructions."""
+    """Time the compilation of a step.
+
+    Also counts the copies, temporaries and instructions of the program.
+
+    Example: optgrad bench compile m_svag --leaves 100
+    """
     from optgrad.experiments.bench import compilation as lib  # noqa: PLC0415
 
+    compilation.without_cache()
     with terminal.refusals():
         chosen, counts = _methods(methods), leaves or [100, 400]
         _check_output(output, overwrite)
@@ -100,21 +133,45 @@ def compile_(
 
 @app.command("sweep")
 def sweep(  # noqa: PLR0917  typer reads the options from the signature
-    method: Annotated[str, typer.Argument(help="A name from 'optgrad list'.")] = "momentum",
-    dataset: Annotated[str, typer.Option(help="digits, mnist, cifar10, …")] = "digits",
-    model: Annotated[str, typer.Option(help="mlp, mlp_small, cifar10_cnn, …")] = "mlp_small",
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 64,
-    runs: Annotated[list[int] | None, typer.Option(min=1, help="How many; repeatable.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Between two evaluations.")] = 100,
+    method: Annotated[
+        str,
+        typer.Argument(help="A name from 'optgrad list'.",
+                       autocompletion=cli_names.beginning(cli_names.methods)),
+    ] = "momentum",
+    dataset: Annotated[
+        str,
+        typer.Option(help="digits, mnist, cifar10, …", metavar="NAME",
+                     autocompletion=cli_names.beginning(cli_names.datasets)),
+    ] = "digits",
+    model: Annotated[
+        str,
+        typer.Option(help="mlp, mlp_small, cifar10_cnn, …", metavar="NAME",
+                     autocompletion=cli_names.beginning(cli_names.models)),
+    ] = "mlp_small",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.", metavar="N")] = 64,
+    runs: Annotated[
+        list[int] | None, typer.Option(min=1, help="How many; repeatable.", metavar="N")
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Between two evaluations.", metavar="N")
+    ] = 100,
     rounds: Rounds = 7,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the data set.", metavar="DIR")
+    ] = None,
     output: Output = None,
     overwrite: Overwrite = False,
-) -> None:
-    """Time runs that go together in one program beside the same runs one after the other."""
+) -> None:  # fmt: skip
+    """Time runs that go together in one program.
+
+    Beside the same runs, one after the other.
+
+    Example: optgrad bench sweep m_svag --runs 1 --runs 8
+    """
     from optgrad.experiments import data, problems  # noqa: PLC0415
     from optgrad.experiments.bench import sweep as lib  # noqa: PLC0415
 
+    compilation.without_cache()
     with terminal.refusals():
         record, widths = registry.get_method(method), runs or [1, 2, 4, 8, 16]
         _check_output(output, overwrite)
@@ -131,7 +188,10 @@ def sweep(  # noqa: PLR0917  typer reads the options from the signature
         _finish("sweep", [table], [], asked, output, overwrite)
 
 
-def _methods(names: Sequence[str] | None) -> list[registry.Method]:
+cli_commands.finish(app)
+
+
+def _methods(names: Sequence[str] | None) -> "list[Method]":
     return [registry.get_method(name) for name in names] if names else list(registry.methods())
 
 
@@ -147,10 +207,11 @@ def _table(title: str, lib: Any, rows: Iterable[Any]) -> Any:
     from optgrad.experiments.bench import output  # noqa: PLC0415
 
     records = []
-    with terminal.errors.status(title) as status:
+    with terminal.progress() as on_progress:
+        on_progress(title, 0)
         for row in rows:
             records.append(row)
-            status.update(f"{title}: {len(records)} done")
+            on_progress(f"{title}: {len(records)} done", len(records))
     cells = [lib.cells(record) for record in records]
     return output.Table(title, lib.HEADER, cells, records, lib.SHOWN)
 

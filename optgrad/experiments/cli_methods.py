@@ -1,21 +1,33 @@
 """The commands list, show and problems: what there is to compare."""
 
 import inspect
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import rich.box
 import typer
 from rich.panel import Panel
 from rich.table import Table
 
-from optgrad import registry
-from optgrad.experiments import terminal
+from optgrad.experiments import cli_names, terminal
+from optgrad.experiments.cli_later import Later
+
+if TYPE_CHECKING:
+    from optgrad.registry import Method
+
+registry = Later("optgrad.registry")
 
 
 def list_methods(
-    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
-) -> None:
-    """List the registered optimizers."""
+    family: Annotated[
+        str | None,
+        typer.Option(help="Only this family.", metavar="NAME",
+                     autocompletion=cli_names.beginning(cli_names.families)),
+    ] = None,
+) -> None:  # fmt: skip
+    """List the optimizers, family by family.
+
+    Example: optgrad list --family dissecting_adam
+    """
     try:
         found = registry.methods(family)
     except ValueError as error:
@@ -32,8 +44,17 @@ def list_methods(
         terminal.console.print(table)
 
 
-def show(name: Annotated[str, typer.Argument(help="A name from 'optgrad list'.")]) -> None:
-    """Show one optimizer: equation, reference, arguments, extras."""
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(help="A name from 'optgrad list'.",
+                       autocompletion=cli_names.beginning(cli_names.methods)),
+    ],
+) -> None:  # fmt: skip
+    """Show one optimizer: equation, reference, arguments.
+
+    Example: optgrad show m_svag
+    """
     try:
         method = registry.get_method(name)
     except ValueError as error:
@@ -63,7 +84,11 @@ def show(name: Annotated[str, typer.Argument(help="A name from 'optgrad list'.")
 
 
 def list_problems() -> None:
-    """List the problems beside images, with their options, for 'compare --problem'."""
+    """List the problems beside images, with their options.
+
+    Example: optgrad problems
+    Example: optgrad compare --problem rosenbrock --set problem_options.dimension=10
+    """
     from optgrad.experiments import catalogue  # noqa: PLC0415
 
     rows = [
@@ -78,7 +103,7 @@ def list_problems() -> None:
     )
 
 
-def _parameters(method: registry.Method) -> list[inspect.Parameter]:
+def _parameters(method: "Method") -> list[inspect.Parameter]:
     return list(method.hyperparameters.values())
 
 
@@ -89,7 +114,7 @@ def _default(parameter: inspect.Parameter) -> str:
     return f"={default!r}" if isinstance(default, int | float | str | None) else "=…"
 
 
-def _state(method: registry.Method) -> str:
+def _state(method: "Method") -> str:
     """Vectors of parameter size, as an affine function of their number D if it is dense."""
     if not method.is_dense:
         return f"{method.state_vectors(0):g}"
@@ -97,7 +122,7 @@ def _state(method: registry.Method) -> str:
     return f"({constant:g} + {slope:g} D)"
 
 
-def _tunes(method: registry.Method) -> str:
+def _tunes(method: "Method") -> str:
     if method.tunes is None:
         return "nothing"
     return f"{method.tunes.hyperparameter} in [{method.tunes.low:g}, {method.tunes.high:g}]"

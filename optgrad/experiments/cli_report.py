@@ -9,14 +9,24 @@ from optgrad.experiments import terminal
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders that 'optgrad compare' wrote.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of the report.")] = None,
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="Folders that 'optgrad compare' wrote."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the report.", metavar="DIR")
+    ] = None,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="TensorBoard event files of all runs, too.")
+        bool, typer.Option("--tensorboard", help="TensorBoard event files, too.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier report.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier report.")
+    ] = False,
 ) -> None:
-    """Merge the results of several comparisons into one page, with pictures and Markdown."""
+    """Merge the results of comparisons into one page.
+
+    Example: optgrad report results/one results/other --output page
+    """
     from optgrad.experiments import (  # noqa: PLC0415
         across,
         event_files,
@@ -33,7 +43,9 @@ def report(
         studies = stored.load_studies(folders)
         folder = output or results.default_folder_of("report")
         results.check_destination(folder, overwrite=overwrite)
-        merged_report.write(studies, folder, tensorboard=tensorboard, overwrite=overwrite)
+        with terminal.progress() as on_progress:
+            on_progress(f"page and pictures of {len(studies)} studies", 0)
+            merged_report.write(studies, folder, tensorboard=tensorboard, overwrite=overwrite)
     header, rows = across.overview(studies)
     ends = [[row[0], *row[-2:]] for row in rows]
     terminal.console.print(terminal.table([header[0], *header[-2:]], ends))

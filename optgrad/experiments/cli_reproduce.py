@@ -4,35 +4,52 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from optgrad.experiments import terminal
+from optgrad.experiments import cli_names, terminal
+
+
+def _complete_figures(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Of the paper that is on the command line already."""
+    taken = ctx.params.get("figures") or ()
+    names = cli_names.figures(ctx.params.get("paper") or "")
+    return [name for name in names if name.startswith(incomplete) and name not in taken]
 
 
 def reproduce(  # noqa: PLR0917  typer reads the options from the signature
-    paper: Annotated[str | None, typer.Argument(help="Which paper; none: list them all.")] = None,
-    figures: Annotated[
-        list[str] | None, typer.Argument(help="Figures or tables, or 'all', the default.")
+    paper: Annotated[
+        str | None,
+        typer.Argument(help="Which paper; none: list them all.",
+                       autocompletion=cli_names.beginning(cli_names.papers)),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier results folder.")] = False,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data sets.")] = None,
+    figures: Annotated[
+        list[str] | None,
+        typer.Argument(help="Figures or tables, or 'all', the default.",
+                       autocompletion=_complete_figures),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Results folder.", metavar="DIR")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier results folder.")
+    ] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the data sets.", metavar="DIR")
+    ] = None,
     scale: Annotated[
-        str, typer.Option(help="'cpu' or, where there is one, 'paper': the paper's budget.")
+        str,
+        typer.Option(help="'cpu', or 'paper' for its own budget.", metavar="HOW",
+                     autocompletion=cli_names.one_of("cpu", "paper")),
     ] = "cpu",
     quick: Annotated[
-        bool, typer.Option(help="Seconds, to try it; the numbers mean little.")
+        bool, typer.Option("--quick", help="Seconds, to try it; the numbers mean little.")
     ] = False,
-) -> None:
-    """Reproduce the figures and tables of a paper: pictures, numbers and a report."""
+) -> None:  # fmt: skip
+    """Reproduce the figures and tables of a paper.
+
+    Writes pictures, numbers, and a report with the paper's claims beside ours.
+
+    Example: optgrad reproduce
+    Example: optgrad reproduce dissecting-adam fig5 --output figure5
+    """
     from optgrad.experiments import reproduce as lib  # noqa: PLC0415
     from optgrad.experiments import results  # noqa: PLC0415
     from optgrad.experiments.reproduce import report as reproduction_report  # noqa: PLC0415
@@ -69,28 +86,18 @@ def _reproduction_table(reproduction: Any) -> Table:
 
 
 def _make_with_progress(makers: Any, settings: Any) -> dict[str, Any]:
-    """The results, under a progress bar with ETA over all figures."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("left"),
-        console=terminal.console,
-        transient=True,
-    )
-    task = progress.add_task("", total=sum(maker.share for maker in makers.values()))
+    """The results of all figures."""
     found, done = {}, 0.0
-    with progress:
+    with terminal.progress(sum(maker.share for maker in makers.values())) as on_progress:
         for name, maker in makers.items():
-            progress.update(task, description=name)
+            on_progress(name, done)
 
-            def advance(fraction: float, done: float = done, share: float = maker.share) -> None:
-                progress.update(task, completed=done + fraction * share)
+            def advance(
+                fraction: float, name: str = name, done: float = done, share: float = maker.share
+            ) -> None:
+                on_progress(name, done + fraction * share)
 
             found[name] = maker.make(settings, advance)
             done += maker.share
-            progress.update(task, completed=done)
+        on_progress("the report", done)
     return found

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class Finding(NamedTuple):
 def findings(data_dir: Path | None = None) -> Iterator[Finding]:
     """All of them, in order; the last one is the self test."""
     yield from (Finding(*item) for item in results.describe_environment().items())
-    kinds = [f"{device.platform} {device.device_kind}" for device in jax.devices()]
+    kinds = [" ".join(dict.fromkeys((d.platform, d.device_kind))) for d in jax.devices()]
     yield Finding("devices", ", ".join(f"{kinds.count(k)} × {k}" for k in dict.fromkeys(kinds)))
     yield Finding(
         "64-bit floats", "on" if jnp.result_type(float) == jnp.float64 else "off, as by default"
@@ -41,7 +41,7 @@ def findings(data_dir: Path | None = None) -> Iterator[Finding]:
         place = data.whereabouts(name, data_dir)
         yield Finding(f"data {name}", str(place or "not here; downloaded when first used"),
                       is_fine=place is not None)  # fmt: skip
-    yield _cache()
+    yield from _caches()
     yield self_test()
 
 
@@ -102,10 +102,24 @@ def _extras() -> dict[str, list[str]]:
     return found
 
 
-def _cache() -> Finding:
-    folder = data.user_cache()
-    files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+def _caches() -> Iterator[Finding]:
+    """Downloaded data, and compiled programs, which by default lie in a folder below it."""
+    downloads = data.user_cache()
+    compiled = Path(jax.config.jax_compilation_cache_dir or downloads / "compiled")
+    kept = [path for path in _files(downloads) if not path.is_relative_to(compiled)]
+    yield _cache("cache of data", downloads, kept)
+    if jax.config.jax_enable_compilation_cache:
+        yield _cache("cache of programs", compiled, _files(compiled))
+    else:
+        yield Finding("cache of programs", "switched off", is_fine=False)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _cache(name: str, folder: Path, files: Sequence[Path]) -> Finding:
     size = sum(path.stat().st_size for path in files) / 2**20
     is_writable = os.access(next(p for p in (folder, *folder.parents) if p.exists()), os.W_OK)
     note = "" if is_writable else ", which cannot be written"
-    return Finding("cache", f"{folder}{note}, {len(files):,} files, {size:,.0f} MiB", is_writable)
+    return Finding(name, f"{folder}{note}, {len(files):,} files, {size:,.0f} MiB", is_writable)

@@ -466,6 +466,7 @@ def test_diverged_runs_without_a_rate_are_counted_once(view):
 WITHOUT = """
 import sys
 from optgrad.__main__ import main
+sys.argv = ["optgrad", "compare"]
 for name in ("typer", "rich", "pydantic", "flax"):
     for module in [m for m in sys.modules if m.startswith("optgrad.experiments")]:
         del sys.modules[module]

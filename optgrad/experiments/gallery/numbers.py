@@ -34,7 +34,6 @@ UNIT = 2**13  # positions are rounded to that many parts of what is shown
 _REACH = 2**14  # and are moved to that distance from it where they are further away
 STEP = 0.1  # log₁₀ excesses are rounded to
 _NONE = 255  # in place of a log₁₀ excess that is not there
-_LOOKS = 52  # times at which positions are kept, about
 _TIE = 1e-9
 
 Progress = Callable[[float, str], None]
@@ -51,17 +50,19 @@ class Settings:
       shown: the budget of the paths in the pictures, one of them.
       values: how many are tried of what a method tunes.
       starts: of tuning, and as many held-out ones.
+      looks: times at which positions are kept, at most; beside them the budgets.
     """
 
     budgets: tuple[int, ...] = (30, 100, 300, 1000)
     shown: int = 300
     values: int = runs_lib.VALUES
     starts: int = 5
+    looks: int = 64
 
     @property
     def times(self) -> Float:
         """Gradient equivalents at which positions are kept: 0, powers of a factor, the budgets."""
-        spread = np.round(np.geomspace(1, self.budgets[-1], _LOOKS))
+        spread = np.round(np.geomspace(1, self.budgets[-1], self.looks))
         return np.unique(np.concatenate([[0.0], spread, self.budgets]))
 
 

@@ -113,10 +113,14 @@ def notes(numbers: Numbers) -> list[str]:
         "values that are equal the middle one is chosen.",
         "Values were chosen with the landscape's own noise: none, but large on the noisy "
         f"quadratic. Noise is normal and added to the gradients of {runs_lib.EXAMPLES} examples; "
-        "σ is that of their mean. It is the same for all methods and values.",
+        "σ is that of their mean. It is the same for all methods and values. The loss that methods "
+        "see is f(x) + ξᵀ(x − start): at the minimum it is off, as that of a minibatch is.",
         "Functions are shifted to f* = 0, which methods that use the loss assume (Polyak's and "
         "L4's): an advantage that they rarely have. Those of curvature are given exact diagonals "
         "and products.",
+        "Runs are in single precision, like most users'; f − f* is evaluated in double precision. "
+        "On Goldstein–Price and Styblinski–Tang rounding hides about 10⁻⁵ of the loss from "
+        "methods that compare losses.",
         f"Positions are kept at {len(settings.times)} times, spaced geometrically, with straight "
         "lines between them, and rounded to 1/8192 of what is shown; log₁₀ (f − f*) to 0.1.",
         "Left out: " + "; ".join(left_out(numbers)) + "."

@@ -11,7 +11,7 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, withStroke
 from PIL import Image
@@ -26,7 +26,7 @@ from optgrad.experiments.gallery.places import Float, Place
 _WIDTH = 8.0  # inches, of every picture but those of single methods
 _COLUMNS = 4
 _SIZE = 8  # points, of the smallest letters
-_PIXELS = 160  # of a landscape's picture, on each side
+_PIXELS = 200  # of a landscape's picture, on each side
 _LEVELS = 14
 _STYLE: Any = {
     **plots.STYLE,
@@ -48,7 +48,7 @@ _SHORT = {
     "initial_step_size": "first step",
 }
 _MARKERS = "os^Dv<>PX*ph"
-_FRAMES, _FRAME_SIZE, _FRAME_MS = 48, (7.2, 4.6), 90
+_FRAMES, _FRAME_SIZE, _FRAME_MS = 40, (6.6, 4.3), 100
 
 
 def names(numbers: Numbers) -> list[str]:
@@ -138,6 +138,16 @@ def _finite(path: Float) -> Float:
     return path[: ends[0]] if len(ends) else path
 
 
+def _thinned(path: Float, place: Place, share: float) -> Float:
+    """The path without positions that are nearer to the last one kept than a share of the view."""
+    low, high = np.array(place.view).T
+    kept = [0]
+    for number, point in enumerate(path):
+        if np.max(np.abs(point - path[kept[-1]]) / (high - low)) > share:
+            kept.append(number)
+    return path[[*kept, len(path) - 1]]
+
+
 # Paths in small multiples -----------------------------------------------------------------------
 
 
@@ -146,7 +156,7 @@ def paths(numbers: Numbers, place_name: str, family: str) -> Figure:
     place = places_lib.places()[place_name]
     methods = numbers.of_family(family)
     rows = -(-len(methods) // _COLUMNS)
-    top, bottom, panel = 0.62, 0.1, 2.28  # inches
+    top, bottom, panel = 0.5, 0.1, 2.25  # inches
     height = top + bottom + rows * panel
     figure = Figure(figsize=(_WIDTH, height))
     figure.suptitle(
@@ -176,8 +186,9 @@ def _draw_panel(axis: Axes, numbers: Numbers, place: Place, method: str) -> None
     _draw_ground(axis, place)
     path = _finite(numbers.path(place.name, method))
     halo = [withStroke(linewidth=3.0, foreground=_HALO), Normal()]
-    axis.plot(*path.T, color=_PATH, linewidth=1.1, path_effects=halo, zorder=4)
-    axis.plot(*path[1:].T, ".", color=_PATH, markersize=2.6, zorder=4)
+    axis.plot(*_thinned(path, place, 0.004).T, color=_PATH, linewidth=1.1, path_effects=halo,
+              zorder=4)  # fmt: skip
+    axis.plot(*_thinned(path, place, 0.015).T, ".", color=_PATH, markersize=2.6, zorder=4)
     axis.plot(*path[-1], "s", color=_PATH, markeredgecolor=_HALO, markersize=5, zorder=5)
     _draw_start(axis, place)
     row = numbers.row(place.name, method, numbers.settings.shown)
@@ -214,7 +225,7 @@ def tuning(numbers: Numbers, place_name: str, family: str) -> Figure:
         and numbers.methods[m]["tunes"]
     ]  # fmt: skip
     rows = max(1, -(-len(methods) // _COLUMNS))
-    top, bottom, panel = 0.75, 0.15, 1.75
+    top, bottom, panel = 0.7, 0.05, 1.6
     height = top + bottom + rows * panel
     figure = Figure(figsize=(_WIDTH, height))
     figure.suptitle(
@@ -225,15 +236,15 @@ def tuning(numbers: Numbers, place_name: str, family: str) -> Figure:
     lines: dict[str, Any] = {}
     for index, method in enumerate(methods):
         row, column = divmod(index, _COLUMNS)
-        below = 1 - (top + (row + 1) * panel - 0.55) / height
-        axis = figure.add_axes((0.045 + column * 0.241, below, 0.19, (panel - 0.85) / height))
+        below = 1 - (top + (row + 1) * panel - 0.35) / height
+        axis = figure.add_axes((0.045 + column * 0.241, below, 0.19, (panel - 0.65) / height))
         for k, budget in enumerate(numbers.settings.budgets):
             label = f"{budget} gradient equivalents"
             lines[label] = _draw_curve(axis, numbers, place_name, method, budget, plots.look(k))
         axis.set_title(f"{method}: {numbers.methods[method]['tunes']}", pad=3)
     if lines:
         figure.legend(lines.values(), lines, loc="upper center", ncols=len(lines), frameon=False,
-                      bbox_to_anchor=(0.5, 1 - 0.38 / height))  # fmt: skip
+                      bbox_to_anchor=(0.5, 1 - 0.36 / height))  # fmt: skip
     else:
         figure.text(0.5, 0.3, "no method of this family has anything to tune here", ha="center")
     return figure
@@ -324,10 +335,10 @@ def overview(numbers: Numbers) -> Figure:
         for j, place in enumerate(numbers.places):
             if (row := numbers.row(place, method, budget)) is not None:
                 table[i, j] = row["log10_excess"]
-    row_height, top = 0.2, 1.35
+    row_height, top = 0.2, 1.2
     height = top + 0.2 + row_height * len(methods)
     figure = Figure(figsize=(_WIDTH, height))
-    axis = figure.add_axes((0.22, 0.2 / height, 0.76, (height - top - 0.2) / height))
+    axis = figure.add_axes((0.21, 0.2 / height, 0.69, (height - top - 0.2) / height))
     axis.imshow(table, cmap="cividis", vmin=-12, vmax=3, aspect="auto", interpolation="none")
     for i, reached in enumerate(table):
         for j, number in enumerate(reached):
@@ -380,7 +391,7 @@ def animate(numbers: Numbers, place_name: str, file: Path) -> None:
     with mpl.rc_context(_STYLE | {"font.size": 9, "legend.fontsize": 9}):
         figure = Figure(figsize=_FRAME_SIZE, dpi=100)
         canvas: Any = FigureCanvasAgg(figure)  # matplotlib does not type what it draws
-        axis = figure.add_axes((0.02, 0.03, 0.6, 0.88))
+        axis = figure.add_axes((0.02, 0.03, 0.62, 0.89))
         axis.set(xticks=[], yticks=[])
         _draw_ground(axis, place, 440)
         _draw_start(axis, place)
@@ -417,13 +428,25 @@ def animate(numbers: Numbers, place_name: str, file: Path) -> None:
                 axis.draw_artist(head)
             axis.draw_artist(clock)
             frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
-    palette = frames[-1].quantize(96, dither=Image.Dither.NONE)
+    palette = _palette(place, [plots.look(i)["color"] for i in range(len(methods))])
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
     durations = [_FRAME_MS] * (len(small) - 1) + [2500]
     small[0].save(buffer, "GIF", save_all=True, append_images=small[1:], duration=durations, loop=0,
                   optimize=False, disposal=1)  # fmt: skip
     file.write_bytes(buffer.getvalue())
+
+
+def _palette(place: Place, colours: Sequence[str]) -> Any:
+    """An image whose palette has the landscape's colours, those of the lines, and greys."""
+    lines = np.array([to_rgb(colour) for colour in (*colours, "#ffd400")])
+    blends = [lines, *(share * lines + (1 - share) for share in (0.35, 0.7))]
+    greys = np.linspace(0, 1, 12)[:, None] * np.ones(3)
+    found = np.concatenate([*blends, greys]) * 255
+    below = np.unique(ground(place).reshape(-1, 3), axis=0)
+    image = Image.new("P", (1, 1))
+    image.putpalette(np.concatenate([found.round(), below]).astype(np.uint8).tobytes())
+    return image
 
 
 def _track(numbers: Numbers, place: Place, method: str) -> Float:

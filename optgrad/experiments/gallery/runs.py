@@ -111,7 +111,10 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Oracles:
-    """The extra arguments of a method, for the stochastic loss f(x) + mean(ξ)ᵀx.
+    """The extra arguments of a method, for the stochastic loss f(x) + mean(ξ)ᵀ(x − start).
+
+    The loss of a minibatch is off at the minimum, by more than its gradient's noise explains there:
+    with a noise that vanished at the minimum, Polyak's step size would end there.
 
     Attributes:
       places: those among which a batch chooses.
@@ -124,11 +127,12 @@ class Oracles:
     def __call__(self, x: chex.Array, batch: Batch) -> dict[str, Any]:
         """The gradient, as ``grad``, and the other arguments that were named."""
         slope = jnp.mean(batch.noise, axis=0)
+        origin = jnp.array([p.start for p in self.places], x.dtype)[batch.place]
         functions = [p.landscape.function for p in self.places]
         smooth = functools.partial(jax.lax.switch, batch.place, functions)
 
         def value_fn(x: chex.Array) -> chex.Array:
-            return smooth(x) + jnp.dot(slope, x)
+            return smooth(x) + jnp.dot(slope, x - origin)
 
         def residuals(x: chex.Array) -> chex.Array:
             branches = [functools.partial(p.residuals, slope=slope) for p in self.places]
@@ -139,7 +143,7 @@ class Oracles:
             return jax.lax.switch(batch.place, branches, x)
 
         def out_loss(z: Any) -> chex.Array:
-            return 0.5 * jnp.sum(z[0] ** 2) + jnp.dot(slope, z[1])
+            return 0.5 * jnp.sum(z[0] ** 2) + jnp.dot(slope, z[1] - origin)
 
         def diagonal() -> chex.Array:
             squares = jnp.array([p.has_residuals for p in self.places])[batch.place]

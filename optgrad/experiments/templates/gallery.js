@@ -3,7 +3,7 @@
   const about = JSON.parse(document.getElementById("about-data").textContent);
   const { methods, places, times, noises, budgets } = about;
   const K = times.length, N = noises.length, V = about.values, M = methods.length;
-  const MOST = 6, SECONDS = 7, GRID = about.grid, MISSING = -32768, NONE = 255;
+  const FINE = 4, BANDS = 14, MOST = 6, SECONDS = 7, GRID = about.grid, MISSING = -32768, NONE = 255;
   const DASHES = [[], [9, 4], [2.5, 3], [9, 3, 2.5, 3], [15, 4], [5, 2, 2, 2, 2, 2]];
   const $ = (id) => document.getElementById(id);
   const byName = new Map(methods.map((method, index) => [method.name, index]));
@@ -128,16 +128,20 @@
   function ground(data) {
     const key = `${state.place} ${css("--low")}`;
     if (!grounds.has(key)) {
-      const picture = document.createElement("canvas");
-      picture.width = picture.height = GRID;
-      const context = picture.getContext("2d"), image = context.createImageData(GRID, GRID);
+      const picture = document.createElement("canvas"), side = FINE * (GRID - 1);
+      picture.width = picture.height = side;
+      const context = picture.getContext("2d"), image = context.createImageData(side, side);
       const [low, high, edge] = ["--low", "--high", "--edge"].map((name) => rgb(css(name)));
-      const band = (i) => Math.floor((data.ground[i] / 256) * 14);
-      for (let i = 0; i < GRID * GRID; i += 1) {
-        const here = band(i), share = here / 13;
-        const isEdge = (i % GRID && band(i - 1) !== here) || (i >= GRID && band(i - GRID) !== here);
+      const bands = new Uint8Array(side * side);
+      for (let i = 0; i < side * side; i += 1) {
+        const u = (i % side) / FINE, v = Math.floor(i / side) / FINE;
+        const corner = Math.floor(v) * GRID + Math.floor(u), [a, b] = [u % 1, v % 1];
+        const heights = [corner, corner + GRID].map((at) => interpolated(data.ground[at], data.ground[at + 1], a));
+        const here = Math.floor((interpolated(heights[0], heights[1], b) / 256) * BANDS);
+        const isEdge = (i % side && bands[i - 1] !== here) || (i >= side && bands[i - side] !== here);
+        bands[i] = here;
         for (let c = 0; c < 3; c += 1) {
-          image.data[4 * i + c] = isEdge ? edge[c] : interpolated(low[c], high[c], share);
+          image.data[4 * i + c] = isEdge ? edge[c] : interpolated(low[c], high[c], here / (BANDS - 1));
         }
         image.data[4 * i + 3] = 255;
       }
@@ -177,7 +181,7 @@
       context.stroke();
     };
     context.lineJoin = "round";
-    stroke(css("--paper"), width + 2.5, []);
+    stroke(css("--halo"), width + 2.5, []);
     stroke(css(`--c${slot}`), width, DASHES[slot]);
   }
 
@@ -234,7 +238,7 @@
     const found = shown.flatMap((run) => (run.track ? run.track.excess : []));
     const top = Math.min(6, Math.ceil(Math.max(1, ...found.filter((e) => e < 11.9)) + 0.3));
     const bottom = Math.max(-12.4, Math.min(-3, Math.floor(Math.min(0, ...found)) - 0.4));
-    const left = 46, right = width - 12, above = 14, below = height - 42;
+    const left = 46, right = width - 24, above = 14, below = height - 42;
     const decades = Math.log10(times[K - 1]) + 0.3;
     return {
       left, right, above, below, top, bottom,
@@ -340,6 +344,8 @@
       return make("li", {}, swatch(slot), make("span", { className: "name", textContent: name, title }), slider,
         make("span", { className: "text" }), again, away);
     }));
+    $("legend").replaceChildren(...state.chosen.map((one, slot) =>
+      make("li", {}, swatch(slot), make("span", { textContent: methods[one.method].name }))));
     const back = active && list.querySelector(`[data-key="${CSS.escape(active)}"]`);
     if (back) back.focus();
     $("add").disabled = state.chosen.length >= MOST;

@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from optgrad.core import checks
-from optgrad.experiments import function_problems, quadratics, user_problems
+from optgrad.experiments import (
+    function_problems,
+    linear_problems,
+    quadratics,
+    text_problems,
+    user_problems,
+)
 from optgrad.experiments.problems import Problem
 
 _BATCH_SIZE = "batch_size"
@@ -62,6 +68,17 @@ _KINDS = {
             function_problems.lattice,
         ),
         ProblemKind("saddle", "saddles of the second-order survey", function_problems.saddle),
+        ProblemKind(
+            "sparse_logistic",
+            "logistic regression on binary features, most of them rare",
+            linear_problems.sparse_logistic,
+        ),
+        ProblemKind(
+            "embedding", "the next word from embeddings of the last", text_problems.embedding
+        ),
+        ProblemKind(
+            "attention", "a small transformer of characters of text", text_problems.attention
+        ),
     )
 }
 
@@ -70,7 +87,7 @@ def problems() -> dict[str, ProblemKind]:
     """All problems by name.
 
     Examples:
-      >>> list(problems())
+      >>> list(problems())[:5]
       ['noisy_quadratic', 'yao_convex', 'rosenbrock', 'lattice', 'saddle']
     """
     return dict(_KINDS)

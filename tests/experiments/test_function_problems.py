@@ -288,14 +288,21 @@ KINDS = {
     "levenberg_marquardt": {},
 }
 NEEDS_RESIDUALS = {"hessian_free", "levenberg_marquardt"}
+FITTED = {"sparse_logistic", "embedding", "attention"}  # to data: no minimum is known
+SMALL = {
+    "sparse_logistic": {"dimension": 10, "batch_size": 64},
+    "embedding": {"width": 2, "batch_size": 16},
+    "attention": {"width": 2, "context": 4, "batch_size": 16},
+}
 
 
 @pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize("name", catalogue.problems())
 def test_methods_run_on_every_problem(name, method):
     """Those of the curvature family in the slow stage."""
-    if name == "saddle" and method in NEEDS_RESIDUALS:
-        with pytest.raises(ValueError, match=r"which the problem 'saddle from 0\.01' does"):
+    lacks = {"saddle": NEEDS_RESIDUALS, **dict.fromkeys(FITTED, {"levenberg_marquardt"})}
+    if method in lacks.get(name, ()):
+        with pytest.raises(ValueError, match="does not have; accepted: a Problem with"):
             train(name, method)
         return
     options = dict(KINDS[method])
@@ -303,11 +310,12 @@ def test_methods_run_on_every_problem(name, method):
         options["noise"] = 0.0
     if name in {"rosenbrock", "noisy_quadratic"}:
         options["dimension"] = 5
+    options |= SMALL.get(name, {})
     history = train(name, method, options.pop("rate", None), **options)
     assert (history.diverged_at == 0).all()
-    loss, excess = history.metrics["test_loss"][0], history.metrics["test_excess"][0]
-    assert np.isfinite(loss).all()
-    assert excess[-1] < excess[0]
+    score = "test_loss" if name in FITTED else "test_excess"
+    assert np.isfinite(history.metrics["test_loss"][0]).all()
+    assert history.metrics[score][0, -1] < history.metrics[score][0, 0]
 
 
 def test_the_package_itself_needs_no_extra():

@@ -1,5 +1,6 @@
 """README and documentation: examples print what they say, commands parse, links lead somewhere."""
 
+import itertools
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import pytest
 import typer
 
 import optgrad
+from optgrad import registry
 from optgrad.experiments import cli
 from optgrad.experiments import config as config_lib
 
@@ -28,10 +30,11 @@ def name_of(page):
     return page.relative_to(ROOT).with_suffix("").as_posix()
 
 
-def blocks(page, language=r"\w*"):
-    """The contents of the fenced blocks of a page in that language."""
+def blocks(page, language=""):
+    """The contents of a page's fenced blocks, those that are written in that language."""
     text = page.read_text(encoding="utf-8")
-    return re.findall(rf"^[ ]*```{language}\n(.*?)^[ ]*```$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^[ ]*```([^`\n]*)\n(.*?)^[ ]*```$", text, re.DOTALL | re.MULTILINE)
+    return [content for name, content in found if name == language]
 
 
 # --- examples -----------------------------------------------------------------------------------
@@ -45,7 +48,8 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize(("page", "source"), EXAMPLES)
-def test_example_prints_what_its_comments_say(page, source, capsys):
+def test_example_prints_what_its_comments_say(page, source, capsys, monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))  # an example may register
     for package in OPTIONAL:
         if f"import {package}" in source:
             pytest.importorskip(package)
@@ -59,19 +63,22 @@ def test_example_prints_what_its_comments_say(page, source, capsys):
 
 COMMAND = typer.main.get_command(cli.app)
 PLACEHOLDERS = {"METHOD": "adam", "NAME": "adam"}  # any other word in capitals is a path
+SHELL = ("", "sh", "bash", "console")
 CHEAP = (["list"], ["problems"], ["show", "m_svag"], ["doctor"])
 
 
 def commands_of(page):
     """The arguments of every command of optgrad in a page's fenced blocks and in its text."""
     text = page.read_text(encoding="utf-8")
-    fenced = "\n".join(blocks(page)).replace("\\\n", " ")
+    shell = itertools.chain(*(blocks(page, language) for language in SHELL))
+    fenced = "\n".join(shell).replace("\\\n", " ")
     lines = re.findall(r"(?:^|&& )optgrad\b(.*)", fenced, re.MULTILINE)
     inline = re.sub(r"^[ ]*```.*?^[ ]*```$", "", text, flags=re.DOTALL | re.MULTILINE)
     lines += [line.replace("\n", " ") for line in re.findall(r"`optgrad (.*?)`", inline, re.DOTALL)]
     for line in lines:
-        line = re.sub(r"(--[\w-]+) …", r"\1 VALUE", line)
-        plain = re.sub(r"[\[\]](?![^']*')|\.\.\.|…", "", line)  # what may be left out or repeated
+        complete = re.sub(r"(--[\w-]+) …", r"\1 VALUE", line)
+        # Brackets, but for those within quotes, and dots: what may be left out or repeated.
+        plain = re.sub(r"[\[\]](?![^']*')|\.\.\.|…", "", complete)
         yield [PLACEHOLDERS.get(word, word) for word in shlex.split(plain, comments=True)]
 
 
@@ -192,4 +199,4 @@ def test_headings_start_with_one_title(page):
         return
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))

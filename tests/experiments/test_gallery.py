@@ -252,12 +252,10 @@ def test_the_lowest_is_chosen_and_the_middle_one_of_equals():
 
 def test_the_chosen_value_is_best_on_tuning_starts_and_edges_are_told(tiny):
     found = numbers.read(tiny)
+    order = list(found.methods)
     for row in found.summary:
-        place, method = (
-            found.places.index(row["landscape"]),
-            list(found.methods).index(row["method"]),
-        )
-        reached = found.tuned[place, method, :, TINY.budgets.index(row["budget"]))]
+        where = found.places.index(row["landscape"]), order.index(row["method"])
+        reached = found.tuned[(*where, slice(None), TINY.budgets.index(row["budget"]))]
         chosen = found.chosen(row["landscape"], row["method"], row["budget"])
         assert reached[chosen] == np.nanmin(reached)
         assert row["tuning_log10_excess"] == pytest.approx(np.nanmin(reached))

@@ -25,7 +25,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def shown(browser, place):  # noqa: F811  the fixture, not what was imported
+def shown(browser, place):
     """Opens the page, as wide as is asked for, in a colour scheme, and at an address."""
 
     def show(width=1280, scheme="light", address=""):
@@ -118,7 +118,7 @@ def test_every_control_changes_the_pictures(shown):
     assert has_changed()
     slider = "#chosen li:first-child input"
     driver.execute_script(
-        "const s = document.querySelector(arguments[0]); s.value = 0;"
+        "const s = document.querySelector(arguments[0]); s.value = 2;"
         "s.dispatchEvent(new Event('input'))", slider,
     )  # fmt: skip
     assert has_changed()

@@ -1,5 +1,8 @@
 """What all commands have in common: panels, suggestions, and how they end at a Ctrl-C."""
 
+import contextlib
+import difflib
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -27,6 +30,11 @@ class Command(TyperCommand):
         """Arguments and options."""
         return _with_short_help(super().get_params(ctx))
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads them; of an option that there is not, the nearest is named."""
+        with _nearest_option(self, ctx):
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Runs it; the context's object, if there is one, is called before."""
         if ctx.obj:
@@ -40,6 +48,11 @@ class Group(TyperGroup):
     def get_params(self, ctx: Any) -> list[Any]:
         """Options before the command."""
         return _with_short_help(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads them; of an option that there is not, the nearest is named."""
+        with _nearest_option(self, ctx):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs a command."""
@@ -55,6 +68,23 @@ def create_app() -> typer.Typer:
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
     )
+
+
+@contextlib.contextmanager
+def _nearest_option(command: TyperCommand | TyperGroup, ctx: Any) -> Iterator[None]:
+    """Names one option where Click names several, in the order of the alphabet."""
+    try:
+        yield
+    except Exception as error:
+        wrong = getattr(error, "option_name", None)
+        if wrong is None or not hasattr(error, "possibilities"):
+            raise
+        options = [name for param in command.get_params(ctx) for name in param.opts]
+        if nearest := difflib.get_close_matches(wrong, options, n=1):
+            unknown: Any = error
+            unknown.message = f"No such option: {wrong}. Did you mean {nearest[0]!r}?"
+            unknown.possibilities = None
+        raise
 
 
 def _with_short_help(params: list[Any]) -> list[Any]:

@@ -87,7 +87,7 @@ def list_problems() -> None:
     """List the problems beside images, with their options.
 
     Example: optgrad problems
-    Example: optgrad compare --problem rosenbrock --set problem_options.dimension=10
+    Example: optgrad compare --problem rosenbrock --set problem_options.noise=1
     """
     from optgrad.experiments import catalogue  # noqa: PLC0415
 

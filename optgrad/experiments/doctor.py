@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,10 +105,11 @@ def _extras() -> dict[str, list[str]]:
 def _caches() -> Iterator[Finding]:
     """Downloaded data, and compiled programs, which by default lie in a folder below it."""
     downloads = data.user_cache()
-    compiled = Path(jax.config.jax_compilation_cache_dir or downloads / "compiled")
+    settings: Any = jax.config  # whose fields have no types
+    compiled = Path(settings.jax_compilation_cache_dir or downloads / "compiled")
     kept = [path for path in _files(downloads) if not path.is_relative_to(compiled)]
     yield _cache("cache of data", downloads, kept)
-    if jax.config.jax_enable_compilation_cache:
+    if settings.jax_enable_compilation_cache:
         yield _cache("cache of programs", compiled, _files(compiled))
     else:
         yield Finding("cache of programs", "switched off", is_fine=False)

@@ -45,7 +45,7 @@ def output_of(folder, module, *arguments):
     return found.stdout
 
 
-def tests_passed(folder, *arguments):
+def number_passed(folder, *arguments):
     found = output_of(folder, "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *arguments)
     return int(re.search(r"(\d+) passed", found).group(1))
 
@@ -59,12 +59,12 @@ def test_its_own_tests_and_a_part_of_the_contract(copy):
     own = ("tests/step_size/test_normalized_sgd.py", "optgrad/step_size/normalized_sgd.py")
     files = ("records", "registry", "convergence", "extras")
     contract = [f"tests/contract/test_{name}.py" for name in files]
-    assert tests_passed(copy, *own, *contract, "--contract", "all", "-k", NAME) > 20
+    assert number_passed(copy, *own, *contract, "--contract", "all", "-k", NAME) > 20
 
 
 @pytest.mark.slow
 def test_the_whole_contract(copy):
     """As CONTRIBUTING has it: the records, then every property."""
     recorded = ("tests/contract/test_golden.py", "tests/core/test_saved_state.py")
-    assert tests_passed(copy, *recorded, *WHOLE, "-k", NAME, "--record-golden") == 3
-    assert tests_passed(copy, "tests/contract", *WHOLE, "-k", NAME) > 90
+    assert number_passed(copy, *recorded, *WHOLE, "-k", NAME, "--record-golden") == 3
+    assert number_passed(copy, "tests/contract", *WHOLE, "-k", NAME) > 90

@@ -4,58 +4,60 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from optgrad.experiments import terminal
+from optgrad.experiments import cli_names, terminal
+
+LANDSCAPES = (
+    "rosenbrock", "beale", "saddle", "narrow_valley", "noisy_quadratic", "plateau",
+    "styblinski_tang", "goldstein_price",
+)  # fmt: skip
 
 
 def gallery(  # noqa: PLR0917  typer reads the options from the signature
-    output: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Results folder.", metavar="DIR")] = None,
     landscapes: Annotated[
         str | None,
-        typer.Option(
-            help="Some of rosenbrock, beale, saddle, narrow_valley, noisy_quadratic, plateau, "
-            "styblinski_tang, goldstein_price, separated by commas; default: all."
-        ),
+        typer.Option(help=f"Some of {', '.join(LANDSCAPES)}; all by default.", metavar="A,B",
+                     autocompletion=cli_names.listed(lambda: [*LANDSCAPES])),
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Names that 'optgrad list' shows, separated by commas; default: all."),
+        typer.Option(help="Some of those of 'optgrad list'; all by default.", metavar="A,B",
+                     autocompletion=cli_names.listed(cli_names.methods)),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier results folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier results folder.")
+    ] = False,
     quick: Annotated[
-        bool, typer.Option(help="Few values and steps, to try it; the numbers mean little.")
+        bool, typer.Option("--quick", help="Few values and steps; the numbers mean little.")
     ] = False,
     draw: Annotated[
         Path | None,
-        typer.Option(help="An earlier gallery's folder: pictures and page are drawn anew."),
+        typer.Option(help="Draw the pictures of an earlier gallery again, without running anything.",
+                     metavar="DIR"),
     ] = None,
-) -> None:
-    """Run every method on eight functions of two variables, tuned alike, and draw their paths.
+) -> None:  # fmt: skip
+    """Run every method on eight functions of two variables, and draw it.
 
+    All are tuned with the same number of trials, and charged in gradient equivalents. Writes
+    pictures, animations, an interactive page, the numbers, and a report.
+
+    Example: optgrad gallery
     Example: optgrad gallery --landscapes rosenbrock,saddle --methods sgd,adam,bfgs
+    Example: optgrad gallery --draw docs/results/gallery --output pictures
     """
     from optgrad.experiments import gallery as lib  # noqa: PLC0415
     from optgrad.experiments import results  # noqa: PLC0415
 
-    progress = Progress(
-        TextColumn("{task.description:32.32}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=terminal.console,
-        transient=True,
-    )
-    task = progress.add_task("", total=1.0)
+    with terminal.refusals(), terminal.progress(1.0) as on_progress:
 
-    def advance(share: float, what: str) -> None:
-        progress.update(task, completed=share, description=what)
+        def advance(share: float, what: str) -> None:
+            on_progress(what, share)
 
-    with terminal.refusals(), progress:
         if draw is not None:
             if landscapes or methods or quick or overwrite:
                 raise ValueError(
-                    "--draw runs nothing: it accepts --output alone beside it, not --landscapes, "
+                    "--draw runs nothing: it accepts --output beside it, not --landscapes, "
                     "--methods, --quick or --overwrite"
                 )
             folder = output or draw

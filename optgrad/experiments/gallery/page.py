@@ -121,6 +121,8 @@ def notes(numbers: Numbers) -> list[str]:
         "Runs are in single precision, like most users'; f − f* is evaluated in double precision. "
         "On Goldstein–Price and Styblinski–Tang rounding hides about 10⁻⁵ of the loss from "
         "methods that compare losses.",
+        "Where a record tunes something else than a rate (idbd and delta_bar_delta: how fast rates "
+        "change), the first rate stays at its default; where that is too large, they diverge.",
         f"Positions are kept at {len(settings.times)} times, spaced geometrically, with straight "
         "lines between them, and rounded to 1/8192 of what is shown; log₁₀ (f − f*) to 0.1.",
         "Left out: " + "; ".join(left_out(numbers)) + "."

@@ -1,13 +1,12 @@
 """The gallery's pictures: paths in small multiples, tuning curves, a map of results, animations."""
 
 import functools
-import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,7 +25,7 @@ from optgrad.experiments.gallery.places import Float, Place
 _WIDTH = 8.0  # inches, of every picture but those of single methods
 _COLUMNS = 4
 _SIZE = 8  # points, of the smallest letters
-_PIXELS = 200  # of a landscape's picture, on each side
+_PIXELS = 264  # of a landscape's picture, on each side: as many as a panel has
 _LEVELS = 14
 _STYLE: Any = {
     **plots.STYLE,
@@ -47,8 +46,10 @@ _SHORT = {
     "max_learning_rate": "max. rate",
     "initial_step_size": "first step",
 }
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MARKERS = "os^Dv<>PX*ph"
-_FRAMES, _FRAME_SIZE, _FRAME_MS = 40, (6.6, 4.3), 100
+_FRAMES, _FRAME_SIZE, _FRAME_MS = 36, (6.6, 4.3), 110
+_CLEAR = 255  # the number of the colour that is none
 
 
 def names(numbers: Numbers) -> list[str]:
@@ -186,9 +187,9 @@ def _draw_panel(axis: Axes, numbers: Numbers, place: Place, method: str) -> None
     _draw_ground(axis, place)
     path = _finite(numbers.path(place.name, method))
     halo = [withStroke(linewidth=3.0, foreground=_HALO), Normal()]
-    axis.plot(*_thinned(path, place, 0.004).T, color=_PATH, linewidth=1.1, path_effects=halo,
+    axis.plot(*_thinned(path, place, 0.006).T, color=_PATH, linewidth=1.1, path_effects=halo,
               zorder=4)  # fmt: skip
-    axis.plot(*_thinned(path, place, 0.015).T, ".", color=_PATH, markersize=2.6, zorder=4)
+    axis.plot(*_thinned(path, place, 0.02).T, ".", color=_PATH, markersize=2.6, zorder=4)
     axis.plot(*path[-1], "s", color=_PATH, markeredgecolor=_HALO, markersize=5, zorder=5)
     _draw_start(axis, place)
     row = numbers.row(place.name, method, numbers.settings.shown)
@@ -237,11 +238,13 @@ def tuning(numbers: Numbers, place_name: str, family: str) -> Figure:
     for index, method in enumerate(methods):
         row, column = divmod(index, _COLUMNS)
         below = 1 - (top + (row + 1) * panel - 0.35) / height
-        axis = figure.add_axes((0.045 + column * 0.241, below, 0.19, (panel - 0.65) / height))
+        axis = figure.add_axes((0.05 + column * 0.241, below, 0.19, (panel - 0.65) / height))
         for k, budget in enumerate(numbers.settings.budgets):
             label = f"{budget} gradient equivalents"
             lines[label] = _draw_curve(axis, numbers, place_name, method, budget, plots.look(k))
-        axis.set_title(f"{method}: {numbers.methods[method]['tunes']}", pad=3)
+        _set_ticks(axis, numbers.values[list(numbers.methods).index(method)], column == 0)
+        tunes = numbers.methods[method]["tunes"]
+        axis.set_title(f"{method}: {_SHORT.get(tunes, tunes)}", pad=3)
     if lines:
         figure.legend(lines.values(), lines, loc="upper center", ncols=len(lines), frameon=False,
                       bbox_to_anchor=(0.5, 1 - 0.36 / height))  # fmt: skip
@@ -261,12 +264,20 @@ def _draw_curve(  # noqa: PLR0917
     chosen = numbers.chosen(place, method, budget)
     axis.plot(values[chosen], reached[chosen], "o", color=look["color"], fillstyle="none",
               markersize=6)  # fmt: skip
+    return line
+
+
+def _set_ticks(axis: Axes, values: Float, with_heights: bool) -> None:
+    """Powers of ten in plain text below, which is drawn faster than formulas; heights beside."""
     axis.set_xscale("log")
     axis.set_ylim(-12.9, 6.4)
-    axis.set_yticks([-12, -6, 0, 6])
-    axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    axis.xaxis.set_major_locator(mpl.ticker.LogLocator(numticks=5))
-    return line
+    axis.set_yticks([-12, -6, 0, 6], ["−12", "−6", "0", "6"] if with_heights else [""] * 4)
+    low, high = np.log10(np.nanmin(values)), np.log10(np.nanmax(values))
+    powers = np.arange(np.ceil(low - 1e-9), np.floor(high + 1e-9) + 1).astype(int)
+    powers = powers[:: -(-len(powers) // 5)]
+    labels = [f"10{str(power).translate(_SUPERSCRIPTS)}" for power in powers]
+    axis.set_xticks(10.0**powers, labels)
+    axis.set_xticks([], minor=True)
 
 
 def sensitivity(folder_with_csv: Path, method_name: str) -> Figure:
@@ -285,36 +296,35 @@ def sensitivity(folder_with_csv: Path, method_name: str) -> Figure:
     numbers = _read_once(Path(folder_with_csv).resolve())
     checks.check_one_of("method_name", method_name, numbers.methods)
     about = numbers.methods[method_name]
+    budget = numbers.settings.shown
+    able = [p for p in numbers.places if (p, method_name) not in numbers.left_out]
+    titles = [places_lib.places()[p].title for p in able]
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.0, 3.0))
-        axis = figure.add_axes((0.075, 0.15, 0.66, 0.73))
-        for number, place in enumerate(numbers.places):
-            if (place, method_name) in numbers.left_out:
-                continue
-            look = plots.look(number)
-            title = places_lib.places()[place].title
-            if not about["tunes"]:
-                row = numbers.row(place, method_name, numbers.settings.shown)
-                assert row is not None
-                axis.plot(number, row["tuning_log10_excess"], "o", color=look["color"], label=title)
-                continue
-            _draw_curve(
-                axis, numbers, place, method_name, numbers.settings.shown, look, label=title
-            )
-        axis.set_ylabel("log₁₀ (f − f*)")
-        axis.set_xlabel(about["tunes"] or "landscape (nothing is tuned)")
-        if not about["tunes"]:
-            axis.set(xticks=[], ylim=(-12.9, 6.4))
-        axis.set_title(
-            f"{method_name} after {numbers.settings.shown} gradient equivalents, tuning starts"
-        )
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-        else:
+        axis = figure.add_axes((0.085, 0.16, 0.68, 0.74))
+        if not able:
             axis.set_axis_off()
             reasons = {why for (_, m), why in numbers.left_out.items() if m == method_name}
             axis.text(0.5, 0.5, f"left out: {_wrapped('; '.join(sorted(reasons)), 60)}",
                       ha="center", transform=axis.transAxes)  # fmt: skip
+            return figure
+        axis.set_title(f"{method_name}: log₁₀ (f − f*) after {budget} gradient equivalents")
+        if about["tunes"]:
+            for number, place in enumerate(numbers.places):
+                if place in able:
+                    _draw_curve(axis, numbers, place, method_name, budget, plots.look(number),
+                                places_lib.places()[place].title)  # fmt: skip
+            _set_ticks(axis, numbers.values[list(numbers.methods).index(method_name)], True)
+            axis.set_xlabel(about["tunes"])
+            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        else:
+            rows = [numbers.row(place, method_name, budget) for place in able]
+            axis.plot([r["tuning_log10_excess"] for r in rows if r], "o", color=plots.COLOURS[0])
+            axis.set(xlim=(-0.5, len(able) - 0.5), ylim=(-12.9, 6.4))
+            axis.set_yticks([-12, -6, 0, 6], ["−12", "−6", "0", "6"])
+            axis.set_xticks(range(len(able)), titles, rotation=20, ha="right")
+            axis.set_position((0.085, 0.25, 0.9, 0.64))
+            axis.set_xlabel("nothing is tuned")
         return figure
 
 
@@ -373,10 +383,10 @@ def animated(numbers: Numbers, place: str) -> list[str]:
     budget = numbers.settings.shown
     found = [m for m in _ALWAYS_ANIMATED if numbers.row(place, m, budget)]
     for family in numbers.families:
-        rows = [row for m in numbers.of_family(family) if (row := numbers.row(place, m, budget))]
-        if rows:
-            best = min(rows, key=lambda row: row["log10_excess"])
-            found.append(best["method"])
+        members = numbers.of_family(family)
+        found += [r["method"] for r in ranking(numbers, place, budget) if r["method"] in members][
+            :1
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -430,11 +440,18 @@ def animate(numbers: Numbers, place_name: str, file: Path) -> None:
             frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
     palette = _palette(place, [plots.look(i)["color"] for i in range(len(methods))])
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    buffer = io.BytesIO()
+    changes = [small[0], *itertools.starmap(_change, itertools.pairwise(small))]
     durations = [_FRAME_MS] * (len(small) - 1) + [2500]
-    small[0].save(buffer, "GIF", save_all=True, append_images=small[1:], duration=durations, loop=0,
-                  optimize=False, disposal=1)  # fmt: skip
-    file.write_bytes(buffer.getvalue())
+    changes[0].save(file, "GIF", save_all=True, append_images=changes[1:], duration=durations,
+                    loop=0, optimize=False, disposal=1, transparency=_CLEAR)  # fmt: skip
+
+
+def _change(before: Any, after: Any) -> Any:
+    """The frame with what has not changed transparent, which is a small part of its size."""
+    old, new = np.asarray(before), np.asarray(after)
+    changed = Image.fromarray(np.where(old == new, np.uint8(_CLEAR), new))
+    changed.putpalette(after.getpalette())
+    return changed
 
 
 def _palette(place: Place, colours: Sequence[str]) -> Any:
@@ -445,7 +462,10 @@ def _palette(place: Place, colours: Sequence[str]) -> Any:
     found = np.concatenate([*blends, greys]) * 255
     below = np.unique(ground(place).reshape(-1, 3), axis=0)
     image = Image.new("P", (1, 1))
-    image.putpalette(np.concatenate([found.round(), below]).astype(np.uint8).tobytes())
+    used = np.concatenate([found.round(), below]).astype(np.uint8)
+    # The rest repeats the first, which is never chosen instead of it; the last is transparent.
+    rest = np.broadcast_to(used[:1], (_CLEAR + 1 - len(used), 3))
+    image.putpalette(np.concatenate([used, rest]).tobytes())
     return image
 
 
@@ -468,6 +488,15 @@ def _until(track: Float, moment: float) -> Float:
 
 
 def ranking(numbers: Numbers, place: str, budget: int) -> list[Row]:
-    """Rows of the summary, the lowest excess on held-out starts first."""
+    """Rows of the summary, the lowest excess on held-out starts first.
+
+    Among equals the one that was lower with the next smaller budget, and so on.
+    """
+    smaller = [b for b in numbers.settings.budgets if b <= budget][::-1]
+
+    def key(row: Row) -> Any:
+        rows = (numbers.row(place, row["method"], b) for b in smaller)
+        return [*(r["log10_excess"] for r in rows if r), row["method"]]
+
     rows = [row for m in numbers.methods if (row := numbers.row(place, m, budget))]
-    return sorted(rows, key=lambda row: (row["log10_excess"], row["method"]))
+    return sorted(rows, key=key)

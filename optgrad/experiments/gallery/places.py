@@ -168,7 +168,7 @@ _PLACES = (
         "a basin in a plain, s/(1 + s) with s = (x² + 10y²)/2; at the start the gradient is 0.05, "
         "and the curvature negative",
         "after the loss of Geman & McClure, 1987",
-        (-4.0, 1.0), (0.3, 0.2), ((-5.5, 3.5), (-3.5, 3.5)), (0.0, 0.005, 0.05),
+        (-4.0, 1.0), (0.3, 0.2), ((-5.0, 3.0), (-2.5, 2.5)), (0.0, 0.005, 0.05),
     ),
     Place(
         _landscape("styblinski_tang", "Styblinski–Tang",

@@ -72,21 +72,23 @@ def tried_values(method: registry.Method, count: int = VALUES) -> Float:
     """The values of what the method tunes, ascending; a NaN alone where it tunes nothing.
 
     ``count`` of them, equidistant in their logarithm. A record's range of four decades or more is
-    that of a scale, which depends on the problem's: it is widened evenly to eight decades. A
-    narrower one is that of a ratio and is taken as it is, and so is one that the method does not
-    allow to be widened.
+    that of a scale, which depends on the problem's: it is widened to eight decades, two thirds of
+    that upwards, because few steps want large ones. A narrower one is that of a ratio and is taken
+    as it is, and so is one that the method does not allow to be widened.
 
     Examples:
       >>> print(*(f"{value:.2g}" for value in tried_values(optgrad.get_method("sgd"))[[0, 1, -1]]))
-      3.2e-06 1e-05 3.2e+02
+      1e-05 3.2e-05 1e+03
     """
     if method.tunes is None:
         return np.array([np.nan])
     low, high = math.log10(method.tunes.low), math.log10(method.tunes.high)
     if high - low >= _SCALE:
-        extra = max(0.0, 0.5 * (_DECADES - (high - low)))
-        if all(_is_accepted(method, 10**end) for end in (low - extra, high + extra)):
-            low, high = low - extra, high + extra
+        extra = max(0.0, _DECADES - (high - low))
+        below = math.floor(2 * extra / 3) / 2  # half decades, so that powers of ten are tried
+        wide = low - below, high + extra - below
+        if all(_is_accepted(method, 10**end) for end in wide):
+            low, high = wide
     return np.logspace(low, high, count)
 
 

@@ -33,7 +33,7 @@ def gallery(  # noqa: PLR0917  typer reads the options from the signature
     ] = False,
     draw: Annotated[
         Path | None,
-        typer.Option(help="Draw the pictures of an earlier gallery again, without running anything.",
+        typer.Option(help="Only draw the pictures of an earlier gallery again.",
                      metavar="DIR"),
     ] = None,
 ) -> None:  # fmt: skip

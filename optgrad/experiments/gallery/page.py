@@ -116,8 +116,8 @@ def notes(numbers: Numbers) -> list[str]:
         "σ is that of their mean. It is the same for all methods and values. The loss that methods "
         "see is f(x) + ξᵀ(x − start): at the minimum it is off, as that of a minibatch is.",
         "Functions are shifted to f* = 0, which methods that use the loss assume (Polyak's and "
-        "L4's): an advantage that they rarely have. The diagonal of the curvature that idbd and vsgd "
-        "are handed is exact, and not charged.",
+        "L4's): an advantage that they rarely have. The diagonal of the curvature that idbd and "
+        "vsgd are handed is exact, and not charged.",
         "Runs are in single precision, like most users'; f − f* is evaluated in double precision. "
         "On Goldstein–Price and Styblinski–Tang rounding hides about 10⁻⁵ of the loss from "
         "methods that compare losses.",

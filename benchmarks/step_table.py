@@ -40,6 +40,7 @@ def main() -> None:
         for row in rows_of(folder):
             found.setdefault(row["method"], {})[row["tree"]] = row
             trees[row["tree"]] = None
+    print("# What a step costs: all methods\n")
     print(f"| method | state, bytes on {next(iter(trees))} | bound |", " | ".join(trees), "|")
     print("|---" * (len(trees) + 3) + "|")
     for method, by_tree in found.items():

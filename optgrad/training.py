@@ -56,21 +56,21 @@ def curvature_args(
     Call it *inside* the jitted step: functions cannot pass through ``jit``, ``scan`` or ``cond``.
     What the optimizer does not use costs nothing under ``jit``, so that one step serves all.
 
-    ===================== ==================================== =========================
-    extra argument        what it is                           built if there is
-    ===================== ==================================== =========================
-    ``value``, ``grad``   the loss and its gradient            always
-    ``value_fn``          params -> loss                       always
-    ``outputs_fn``        params -> z                          ``outputs``
-    ``out_loss_fn``       z -> loss                            ``outputs``, ``out_loss``
-    ``residual_fn``       params -> r                          ``residual``
-    ``curvature_fn``      params -> loss, another batch        ``curvature_batch``
-    ``inner_fn``          params -> loss, another batch        ``inner_batch``
-    ``per_example_grads`` gradients of all examples            ``per_example=True``
-    ``gradient_variance`` that of the mean gradient            ``variance=True``
-    ``curvature_diagonal`` of the Gauss–Newton matrix          ``diagonal=True``
-    ``kfac_stats``        layer -> statistics of all examples  ``kfac``
-    ===================== ==================================== =========================
+    ====================== ==================================== =========================
+    extra argument         what it is                           built if there is
+    ====================== ==================================== =========================
+    ``value``, ``grad``    the loss and its gradient            always
+    ``value_fn``           params -> loss                       always
+    ``outputs_fn``         params -> z                          ``outputs``
+    ``out_loss_fn``        z -> loss                            ``outputs``, ``out_loss``
+    ``residual_fn``        params -> r                          ``residual``
+    ``curvature_fn``       params -> loss, another batch        ``curvature_batch``
+    ``inner_fn``           params -> loss, another batch        ``inner_batch``
+    ``per_example_grads``  gradients of all examples            ``per_example=True``
+    ``gradient_variance``  that of the mean gradient            ``variance=True``
+    ``curvature_diagonal`` of the Gauss–Newton matrix           ``diagonal=True``
+    ``kfac_stats``         layer -> statistics of all examples  ``kfac``
+    ====================== ==================================== =========================
 
     Each of the functions may take a PRNG key as its third positional argument, called ``key`` or
     ``rng`` or without a default: it is then handed the key of the call, so that the loss of one

@@ -85,7 +85,7 @@ def implicit_euler(
       maxiter: most iterations of conjugate gradients in each, ≥ 1.
       forcing: residual of conjugate gradients relative to :math:`|\nabla\varphi|`, in [0, 1), or
         ``"sqrt"`` for :math:`\min(\tfrac12, \sqrt{|\nabla\varphi|})`.
-      tolerance: Newton's iterations end at :math:`|\nabla\varphi(y)| \le` ``tolerance``·|u|, in
+      tolerance: Newton's iterations end at :math:`|\nabla\varphi(y)| \le` ``tolerance``·‖u‖, in
         [0, 1).
       backtracks: most halvings of a Newton step, ≥ 0.
       hvp: how Hessian products are computed: ``"exact"``, ``"jvp"``, ``"fd"`` or ``"fdc"``.

@@ -85,7 +85,7 @@ def levenberg_marquardt(
       rule: ``"nielsen"``; ``"marquardt"``, λ/10 after a success and 10·λ after a failure; or
         ``"fixed"``.
       maxiter: most iterations of conjugate gradients, ≥ 1.
-      tolerance: of conjugate gradients, relative to |u|, in [0, 1); 1e-3 suffices for training,
+      tolerance: of conjugate gradients, relative to ‖u‖, in [0, 1); 1e-3 suffices for training,
         fitting wants 1e-10 in double precision.
       residual_scale: s > 0; ½ by default, 1 for a sum of squares, 1/n for their mean.
       max_size: largest number of parameters that ``"dense"`` accepts.

@@ -70,9 +70,10 @@ def adaptive_sgd(
       \eta_{max}\bigr), \quad
       \theta \leftarrow \theta - \alpha\,\eta\odot\bar g/(1-\beta^t)
 
-    Along a parabola positions and gradients spread in the ratio 1 : λ, so that σθ/σg is 1/|λ|, a
-    Newton step in every coordinate and always downhill. There is no learning rate to tune, and the
-    first step is one of ``initial_step`` in each coordinate, whatever the gradient's size.
+    Along a parabola positions and gradients spread in the ratio 1 : λ, so that σθ/σg is
+    :math:`1/|\lambda|`, a Newton step in every coordinate and always downhill. There is no learning
+    rate to tune, and the first step is one of ``initial_step`` in each coordinate, whatever the
+    gradient's size.
 
     It shines under gradient noise at one untuned setting: level with or ahead of tuned SGD,
     momentum and Adam on a noisy Rosenbrock function and on the training loss of small networks.

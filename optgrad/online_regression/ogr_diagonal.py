@@ -83,7 +83,8 @@ def ogr_diagonal(
         its statistics; default True, with ``paper`` False.
       sigma_theta: σθ⁰ > 0, the initial spread of positions; default 0.01, with ``paper`` 1. The
         first step is one of α√β·σθ⁰ in each coordinate, whatever the gradient's size, since the
-        prior curvature is |g|/(√β·σθ⁰) of its first gradient g; with ``paper`` it is 0.
+        prior curvature is :math:`|g|/(\sqrt\beta\,\sigma_\theta^0)` of its first gradient g; with
+        ``paper`` it is 0.
       position: ``"mean"``, ``"displacement"`` or ``"trusted"``, as in `adaptive_sgd`.
       state_dtype: type of the statistics; default the parameter's, but at least float32. The mean
         position is never kept in fewer bits.

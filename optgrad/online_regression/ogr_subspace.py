@@ -98,7 +98,7 @@ def ogr_subspace(
       beta: β in [0, 1), decay of the statistics; default 0.95, paper 0.5.
       gamma: γ in [0, 1), decay of the momentum; default 0.9, paper 0.4.
       epsilon: ε > 0, largest step along one direction before α; default 0.3, paper infinite.
-      lr_max: largest step size α/|λ|, in (0, ∞); default 10, paper 0.1.
+      lr_max: largest step size :math:`\alpha/|\lambda|`, in (0, ∞); default 10, paper 0.1.
       d: number of directions, at most the number of parameters; default 10, or as many as there
         are parameters.
       basis: ``"pca"``, online PCA of the gradients, or ``"push"``, the notebooks' orth(V + Γg) from

@@ -300,7 +300,7 @@ SMALL = {
 @pytest.mark.parametrize("name", catalogue.problems())
 def test_methods_run_on_every_problem(name, method):
     """Those of the curvature family in the slow stage."""
-    lacks = {"saddle": NEEDS_RESIDUALS, **dict.fromkeys(FITTED, {"levenberg_marquardt"})}
+    lacks = {"saddle": NEEDS_RESIDUALS, **{key: {"levenberg_marquardt"} for key in FITTED}}
     if method in lacks.get(name, ()):
         with pytest.raises(ValueError, match="does not have; accepted: a Problem with"):
             train(name, method)

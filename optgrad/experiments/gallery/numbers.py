@@ -345,6 +345,16 @@ def best(tuned: Float) -> int:
     return int(ties[(len(ties) - 1) // 2])
 
 
+def value_text(value: float) -> str:
+    """Two digits of a tried value.
+
+    Examples:
+      >>> value_text(316.2), value_text(0.00316)
+      ('320', '0.0032')
+    """
+    return f"{float(f'{value:.2g}'):g}"
+
+
 def _short(number: Any) -> float:
     return round(float(number), 3)
 

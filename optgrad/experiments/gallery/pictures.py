@@ -203,7 +203,7 @@ def _setting(row: Any) -> str:
     if row["value"] is None:
         return "not tuned"
     name = _SHORT.get(row["hyperparameter"], row["hyperparameter"])
-    return f"{name} {row['value']:.2g}" + (" (edge)" if row["edge"] else "")
+    return f"{name} {numbers_lib.value_text(row['value'])}" + (" (edge)" if row["edge"] else "")
 
 
 def _wrapped(text: str, width: int = 26) -> str:

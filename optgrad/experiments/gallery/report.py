@@ -75,7 +75,8 @@ def _ranking(numbers: Numbers, place: Place) -> tuple[list[str], list[list[str]]
 
 
 def _cell(row: numbers_lib.Row) -> str:
-    value = "" if row["value"] is None else f" ({row['value']:.2g}{' *' if row['edge'] else ''})"
+    value = "" if row["value"] is None else numbers_lib.value_text(row["value"])
+    value = f" ({value}{' *' if row['edge'] else ''})" if value else ""
     diverged = f", {row['diverged']} diverged" if row["diverged"] else ""
     return f"{row['log10_excess']:.1f}".replace("-", "−") + value + diverged
 

@@ -379,7 +379,7 @@
 
   function drawAbout() {
     const { text, source, noises: deviations, own_noise } = place();
-    $("about").textContent = `${place().title}: ${text}. ${source}. Tuned with noise: ${noises[own_noise]}` +
+    $("about").textContent = `${place().title}: ${text}. Source: ${source}. Tuned with noise: ${noises[own_noise]}` +
       (state.noise === own_noise ? "." : "; the noise that is shown is another, and nothing was tuned for it.");
     noises.forEach((name, i) => {
       $(`noise-${i}-label`).textContent = i ? `${name} (σ ${short(deviations[i])})` : name;

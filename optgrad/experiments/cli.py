@@ -64,6 +64,8 @@ DataDir = Annotated[
     Path | None, typer.Option(help="Folder with the data set.", metavar="DIR", rich_help_panel=WHAT)
 ]
 
+_NOTHING_DONE = "Interrupted before anything was computed; nothing was written"
+
 app = cli_commands.create_app()
 
 
@@ -212,7 +214,11 @@ def compare(  # noqa: PLR0917  typer reads the options from the signature
     with terminal.refusals():
         overrides |= dict(config_lib.parse_override(text) for text in set_ or ())
         settings = config_lib.load_config(config, overrides)
-    with _together(coordinator, num_processes, process_id, timeout) as leads, terminal.refusals():
+    with (
+        _together(coordinator, num_processes, process_id, timeout) as leads,
+        interrupts.explained(lambda: _NOTHING_DONE),
+        terminal.refusals(),
+    ):
         if not leads:
             _take_part(data_dir, settings)
             return
@@ -245,10 +251,13 @@ def resume(  # noqa: PLR0917  typer reads the options from the signature
 
     Example: optgrad resume results/try
     """
-    from optgrad.experiments import checkpoint, results  # noqa: PLC0415
-
+    line = _how_to_go_on(folder)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(interrupts.explained(lambda: line, at_once=line))
+        from optgrad.experiments import checkpoint, results  # noqa: PLC0415
+
         leads = stack.enter_context(_together(coordinator, num_processes, process_id, timeout))
+        stack.enter_context(interrupts.explained(lambda: line, at_once=line))  # one of several
         stack.enter_context(terminal.refusals())
         if not leads:
             _take_part(data_dir)
@@ -379,12 +388,14 @@ def _run_study(
 
     if settings.tensorboard:
         event_files.check_installed()
-    how_to_go_on = f"Interrupted; go on with: optgrad resume {shlex.quote(str(folder))}"
+    how_to_go_on = _how_to_go_on(folder)
+    written = f"Results, curves and report: {folder}"
+    is_written = False
 
     def advice() -> str:
-        if resumed or not journal.is_empty:
-            return how_to_go_on
-        return "Interrupted before anything was computed; nothing was written"
+        if is_written:
+            return written
+        return how_to_go_on if resumed or not journal.is_empty else _NOTHING_DONE
 
     with interrupts.explained(advice, at_once=how_to_go_on):
         live = live_view.LiveView(settings)
@@ -409,10 +420,15 @@ def _run_study(
             if not journal.is_empty:
                 terminal.errors.print(how_to_go_on, markup=False, highlight=False, soft_wrap=True)
             raise
+        is_written = True
         journal.discard()
-    header, rows = report.table(comparison)
-    terminal.console.print(terminal.table(header, rows, title=comparison.problem))
-    terminal.console.print(f"Results, curves and report: {folder}", highlight=False, soft_wrap=True)
+        header, rows = report.table(comparison)
+        terminal.console.print(terminal.table(header, rows, title=comparison.problem))
+        terminal.console.print(written, highlight=False, soft_wrap=True)
+
+
+def _how_to_go_on(folder: Path) -> str:
+    return f"Interrupted; go on with: optgrad resume {shlex.quote(str(folder))}"
 
 
 def _download(settings: "CompareConfig") -> None:

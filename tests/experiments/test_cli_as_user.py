@@ -2,10 +2,14 @@
 
 import os
 import re
+import shlex
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -25,10 +29,11 @@ sys.exit(main())
 ENVIRONMENT = {**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}
 
 
-def start(*arguments, cwd):
+def start(*arguments, cwd, **environment):
     """A user's command, whose output is piped."""
     return subprocess.Popen(
-        [sys.executable, "-c", HEARS_CTRL_C, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
+        [sys.executable, "-c", HEARS_CTRL_C, *map(str, arguments)],
+        cwd=cwd, env={**ENVIRONMENT, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
     )  # fmt: skip
 
@@ -78,31 +83,116 @@ def test_the_progress_on_a_terminal_of_80_columns(tmp_path):
     assert "Traceback" not in text
 
 
-def test_interrupted_resumed_and_reported(tmp_path):
-    """Ctrl-C, as its last line says to go on, and a report of what came out."""
-    command = [*TINY, "--optimizers", "adam,momentum", "--output", "out"]
-    process = start(*command, "--set", "checkpoint_seconds=0", "--steps", 20_000, cwd=tmp_path)
+def interrupt_when(process, text):
+    """Ctrl-C as soon as a line of stderr has that text; what it printed until then."""
+    seen = []
     for line in process.stderr:
-        if "momentum: tuning" in line:
+        seen.append(line)
+        if text in line:
             break
     process.send_signal(signal.SIGINT)
-    _, _, err = finish(process)
-    assert process.returncode != 0
-    assert "go on with: optgrad resume out" in err
-    assert "Traceback" not in err
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    return "".join(seen)
 
-    code, out, err = finish(start("resume", "out", cwd=tmp_path))
+
+def test_interrupted_resumed_and_reported(tmp_path):
+    """Ctrl-C, twice; each time the last line is the command that goes on; and a report of it."""
+    command = [*TINY, "--optimizers", "adam,momentum", "--output", "my out"]
+    process = start(*command, "--set", "checkpoint_seconds=0", "--steps", 20_000, cwd=tmp_path)
+    interrupt_when(process, "momentum: tuning")
+    _, _, err = finish(process)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["my out.partial"]
+
+    printed = err.splitlines()[-1].partition("go on with: optgrad ")[2]
+    assert printed == "resume 'my out'"
+    process = start(*shlex.split(printed), cwd=tmp_path)
+    interrupt_when(process, "momentum: ")
+    _, _, err = finish(process)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == f"Interrupted; go on with: optgrad {printed}"
+
+    code, out, err = finish(start(*shlex.split(printed), cwd=tmp_path))
     assert code == 0, err
-    assert "Results, curves and report: out" in out
-    code, out, err = finish(start("report", "out", "--output", "page", cwd=tmp_path))
+    assert "Results, curves and report: my out" in out
+    code, out, err = finish(start("report", "my out", "--output", "page", cwd=tmp_path))
     assert code == 0, err
     assert "Page, Markdown and pictures: page" in out
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "page"}
+    assert {path.name for path in tmp_path.iterdir()} == {"my out", "page"}
     assert {path.name for path in (tmp_path / "page").iterdir()} == {
         "config.toml", "report.html", "report.md", "figures"
     }  # fmt: skip
     assert "momentum" in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "shown", "said"),
+    [
+        (["reproduce", "dissecting-adam", "fig2", "--output", "out"], "fig2", "no results"),
+        (["bench", "step", "adam", "m_svag", "--tree", "one", "--output", "out"],
+         "one leaf", "no results"),
+        (["bench", "compile", "kfac", "m_svag", "--output", "out"], "100 leaves", "no results"),
+        (["soak", "--minutes", "5"], "the first study", "0 studies came through"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_what_cannot_be_resumed_says_that_nothing_was_written(tmp_path, command, shown, said):
+    """And leaves nothing; its progress was shown before, as lines in this pipe."""
+    (tmp_path / "here").mkdir()
+    process = start(*command, cwd=tmp_path / "here", TMPDIR=str(tmp_path))
+    seen = interrupt_when(process, shown)
+    code, _, err = finish(process)
+    assert (code, "Traceback" in seen + err) == (130, False), seen + err
+    assert err.splitlines()[-1].startswith("Interrupted; ")
+    assert said in err.splitlines()[-1]
+    assert not [*(tmp_path / "here").iterdir()]
+    assert not [*tmp_path.glob("optgrad-soak-*")]
+
+
+def test_a_comparison_that_has_not_computed_anything_leaves_nothing(tmp_path):
+    """Ctrl-C while the very first program is compiled: there is nothing to resume."""
+    slow = ["--problem", "rosenbrock", "--set", "problem_options.dimension=200"]
+    process = start(
+        "compare", *slow, "--optimizers", "newton", "--steps", 10, "--output", "out", cwd=tmp_path
+    )
+    while not (tmp_path / "out.partial" / "study.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    assert err.splitlines()[-1] == (
+        "Interrupted before anything was computed; nothing was written"
+    ), err
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_completion_is_installed(tmp_path):
+    """Into files of the user's, which bash then reads: a real bash completes."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("needs bash")
+    environment = {**ENVIRONMENT, "HOME": str(tmp_path),
+                   "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # fmt: skip
+    optgrad = Path(sys.executable).with_name("optgrad")
+    run = subprocess.run(
+        [optgrad, "--install-completion", "bash"], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert ".bash_completions" in (tmp_path / ".bashrc").read_text()
+    (script,) = (tmp_path / ".bash_completions").iterdir()
+    tab = f"""
+        source {script}
+        COMP_WORDS=({optgrad} compare --optimizers adam,m_sv); COMP_CWORD=3
+        function=$(complete -p optgrad | sed 's/.*-F //; s/ .*//')
+        $function {optgrad}
+        echo "${{COMPREPLY[@]}}"
+    """
+    run = subprocess.run(
+        [bash, "-c", tab], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["adam,m_svag", "adam,m_svag_mb"], run.stderr
 
 
 def test_what_there_is_and_what_is_refused(tmp_path):

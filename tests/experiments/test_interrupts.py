@@ -17,15 +17,23 @@ from optgrad.experiments import interrupts
 # Stands for XLA while it compiles: nothing of Python runs in this thread until it is done. The
 # package is not imported, which would take longer than the test.
 BUSY = """
-import hashlib, signal, sys, types
+import gc, hashlib, signal, sys, time, types
 package = types.ModuleType("optgrad")
 package.__path__ = [sys.argv[1]]
 sys.modules["optgrad"] = package
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background is deaf to it
 import typer
 from optgrad.experiments import interrupts
+def collecting(phase, info):
+    gc.callbacks.clear()
+    print("ready", flush=True)
+    time.sleep(60)  # Python drops an exception from here
 try:
     with interrupts.watched(), interrupts.explained(lambda: "how to go on", at_once="at once"):
+        if sys.argv[2] == "collecting":
+            gc.callbacks.append(collecting)
+            gc.collect()
+            time.sleep(60)
         print("ready", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[2]))
         print("done", flush=True)
@@ -85,6 +93,14 @@ def test_two_at_once(busy):
         time.sleep(0.1)  # two that are pending together are one
     _, err = process.communicate(timeout=10)
     assert (process.returncode, err) == (130, "at once\n")
+
+
+def test_one_within_a_callback_of_the_garbage_collector_is_not_lost(busy):
+    """Without the watching, Python says "Exception ignored in" and goes on; JAX has a callback."""
+    process = busy("collecting")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "how to go on\n")
 
 
 def test_the_innermost_speaks_and_others_are_silent(capsys, monkeypatch):

@@ -42,7 +42,9 @@ def test_a_new_record_has_a_page_and_a_line_in_the_index(pages, monkeypatch):
 
     record = Method("brand_new", factory, None, "step_size", "Brand new", "A. U. Thor", "Eq. (1)")
     monkeypatch.setitem(optgrad.registry._METHODS, record.name, record)
-    assert "| `rate` | `0.5` | may be traced |" in pages.method_page(record, "", "")
+    page = pages.method_page(record, "", "", has_picture=False)
+    assert "| `rate` | `0.5` | may be traced |" in page
+    assert "brand_new.svg" not in page
     assert any("[brand_new](brand_new.md)" in line for line in pages._index())
 
 

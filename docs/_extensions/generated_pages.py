@@ -15,6 +15,7 @@ from sphinx.application import Sphinx
 import optgrad
 from optgrad import registry
 from optgrad.experiments import gallery
+from optgrad.experiments.gallery.numbers import read
 from optgrad.experiments.gallery.page import NAME as INTERACTIVE
 from optgrad.experiments.gallery.places import places
 
@@ -53,18 +54,21 @@ def _write(app: Sphinx) -> None:
     sources = [method_examples.source(method) for method in methods]
     run = app.config.run_examples
     printed = method_examples.all_printed(sources) if run else [""] * len(sources)
+    recorded = read(NUMBERS).methods
     folder = _emptied(DOCS / "methods", keep={"index.md", *(f"{m.name}.md" for m in methods)})
     for method, source, text in zip(methods, sources, printed, strict=True):
-        figure = gallery.pictures.sensitivity(NUMBERS, method.name)
-        gallery.pictures.save(figure, folder / f"{method.name}.svg")
-        _update(folder / f"{method.name}.md", method_page(method, source, text))
+        if is_recorded := method.name in recorded:
+            figure = gallery.pictures.sensitivity(NUMBERS, method.name)
+            gallery.pictures.save(figure, folder / f"{method.name}.svg")
+        page = method_page(method, source, text, has_picture=is_recorded)
+        _update(folder / f"{method.name}.md", page)
     _update(folder / "index.md", "\n".join(_index()))
     _update(DOCS / "api.md", "\n".join(_api()))
     for notebook in sorted((DOCS.parent / "notebooks").glob("*.ipynb")):
         place = _folder(DOCS / "notebooks") / notebook.name
         _update(place, notebook.read_text(encoding="utf-8"))
     drawn = _folder(DOCS / "gallery")
-    gallery.draw(NUMBERS, drawn)
+    gallery.draw(NUMBERS, drawn, formats=["png"])
     report = drawn / gallery.REPORT
     for name, text in gallery_pages(report.read_text(encoding="utf-8")).items():
         _update(drawn / f"{name}.md", text)
@@ -73,13 +77,16 @@ def _write(app: Sphinx) -> None:
 # One method -------------------------------------------------------------------------------------
 
 
-def method_page(method: registry.Method, source: str, printed: str) -> str:
+def method_page(
+    method: registry.Method, source: str, printed: str, *, has_picture: bool = True
+) -> str:
     """The page of one method, in MyST Markdown.
 
     Args:
       method: its record.
       source: an example.
       printed: what the example prints; empty if it was not run.
+      has_picture: whether the gallery was run with it.
     """
     return "\n".join([
         f"# {method.title}",
@@ -100,7 +107,7 @@ def method_page(method: registry.Method, source: str, printed: str) -> str:
         "```",
         "",
         *(["prints", "", "```text", printed.rstrip(), "```", ""] if printed else []),
-        *_sensitivity(method),
+        *_sensitivity(method, has_picture=has_picture),
     ])  # fmt: skip
 
 
@@ -171,7 +178,9 @@ def _plain(default: Any) -> str:
     return getattr(default, "__name__", None) or repr(default)
 
 
-def _sensitivity(method: registry.Method) -> list[str]:
+def _sensitivity(method: registry.Method, *, has_picture: bool) -> list[str]:
+    if not has_picture:
+        return ["## Sensitivity", "", "Not yet in the numbers that `optgrad gallery` recorded.", ""]
     what = (
         f"Excess loss against `{method.tunes.hyperparameter}`"
         if method.tunes

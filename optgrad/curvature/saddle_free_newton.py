@@ -55,8 +55,8 @@ def saddle_free_newton(
 
     With ``adaptive`` each step is tried on the batch: one that increases the loss is not taken, and
     λ is multiplied by 4 or divided by 3 where the loss falls by less than ¼ or more than ¾ of what
-    the parabola with :math:`|H|` predicts. It must then be the last element of a chain, and gradient
-    and ``value_fn`` have to be of one batch.
+    the parabola with :math:`|H|` predicts. It must then be the last element of a chain, and
+    gradient and ``value_fn`` have to be of one batch.
 
     A step costs 1 + 2D gradient equivalents, D the number of parameters (1 + D with ``hvp="fd"``),
     one or two values more if adaptive, and an eigendecomposition of D × D, which is not kept.

@@ -50,8 +50,8 @@ def function_problem(
         residuals themselves refuse a problem with noise, which is no sum of squares.
 
     Returns:
-      The problem. Its metrics are without noise, ``loss`` = f; with a minimum ``excess`` = f − f*, by
-      which it is then judged; with minimizers ``distance`` to the nearest.
+      The problem. Its metrics are without noise, ``loss`` = f; with a minimum ``excess`` = f − f*,
+      by which it is then judged; with minimizers ``distance`` to the nearest.
 
     Raises:
       TypeError, ValueError: for a batch size or noise outside its range.

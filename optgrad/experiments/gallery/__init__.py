@@ -74,13 +74,19 @@ def make(
     return numbers
 
 
-def draw(source_folder: Path, output_folder: Path, progress: Progress = _silent) -> None:
+def draw(
+    source_folder: Path,
+    output_folder: Path,
+    progress: Progress = _silent,
+    formats: Sequence[str] = pictures.FORMATS,
+) -> None:
     """Draws pictures and page from the numbers in a folder, without running anything.
 
     Args:
       source_folder: with ``summary.csv``, ``sensitivity.csv``, ``runs.npz`` and ``report.md``.
       output_folder: where pictures, page, and copies of these files are put; it may be the same.
       progress: is told the share that is done, and what that was.
+      formats: of the pictures, of ``"png"`` and ``"svg"``; animations are GIF.
 
     Raises:
       ResultsError: if a file is missing.
@@ -91,9 +97,14 @@ def draw(source_folder: Path, output_folder: Path, progress: Progress = _silent)
     for name in (*numbers_lib.FILES, REPORT):
         if source_folder.resolve() != output_folder.resolve() and (source_folder / name).is_file():
             shutil.copyfile(source_folder / name, output_folder / name)
-    _draw_into(numbers, output_folder, progress)
+    _draw_into(numbers, output_folder, progress, formats)
 
 
-def _draw_into(numbers: Numbers, folder: Path, progress: Progress) -> None:
+def _draw_into(
+    numbers: Numbers,
+    folder: Path,
+    progress: Progress,
+    formats: Sequence[str] = pictures.FORMATS,
+) -> None:
     (folder / page.NAME).write_text(page.html(numbers), encoding="utf-8")
-    pictures.write(numbers, folder, progress)
+    pictures.write(numbers, folder, progress, formats)

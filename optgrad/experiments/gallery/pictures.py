@@ -22,6 +22,7 @@ from optgrad.experiments.gallery import places as places_lib
 from optgrad.experiments.gallery.numbers import Numbers, Row
 from optgrad.experiments.gallery.places import Float, Place
 
+FORMATS = ("png", "svg")
 _WIDTH = 8.0  # inches, of every picture but those of single methods
 _COLUMNS = 4
 _SIZE = 8  # points, of the smallest letters
@@ -61,19 +62,26 @@ def names(numbers: Numbers) -> list[str]:
     return found
 
 
-def write(numbers: Numbers, folder: Path, progress: numbers_lib.Progress) -> None:
-    """Draws everything: PNG and SVG of each of `names`, and a GIF for each landscape."""
-    todo = dict(_drawings(numbers))
+def write(
+    numbers: Numbers,
+    folder: Path,
+    progress: numbers_lib.Progress,
+    formats: Sequence[str] = FORMATS,
+) -> None:
+    """Draws everything: figures in each of the formats, and a GIF for each landscape."""
+    todo = dict(_drawings(numbers, formats))
     for done, (name, draw) in enumerate(todo.items(), start=1):
         draw(folder / name)
         progress(done / len(todo), name)
 
 
-def _drawings(numbers: Numbers) -> Iterator[tuple[str, Callable[[Path], None]]]:
+def _drawings(
+    numbers: Numbers, formats: Sequence[str]
+) -> Iterator[tuple[str, Callable[[Path], None]]]:
     """Names of files, the suffix of figures left out, and what draws them."""
 
     def figure(make: Callable[..., Figure], *arguments: str) -> Callable[[Path], None]:
-        return lambda path: _save_both(make, numbers, arguments, path)
+        return lambda path: _save_all(make, numbers, arguments, path, formats)
 
     yield "overview", figure(overview)
     for place in numbers.places:
@@ -83,10 +91,12 @@ def _drawings(numbers: Numbers) -> Iterator[tuple[str, Callable[[Path], None]]]:
         yield f"{place}.gif", functools.partial(animate, numbers, place)
 
 
-def _save_both(make: Any, numbers: Numbers, arguments: Sequence[str], path: Path) -> None:
+def _save_all(
+    make: Any, numbers: Numbers, arguments: Sequence[str], path: Path, formats: Sequence[str]
+) -> None:
     with mpl.rc_context(_STYLE):
         figure = make(numbers, *arguments)
-    for suffix in ("png", "svg"):
+    for suffix in formats:
         save(figure, path.with_name(f"{path.name}.{suffix}"))
 
 

@@ -41,7 +41,6 @@ html_title = f"optgrad {version}"
 html_static_path = ["_static"]
 html_css_files = ["optgrad.css"]
 html_copy_source = False
-html_extra_path = ["gallery/interactive.html"]  # drawn before
 
 # References: every name in single backticks of a docstring is one, and must be found.
 nitpicky = True

@@ -336,8 +336,15 @@ def _update(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def _copy_interactive(app: Sphinx, error: Exception | None) -> None:
+    """Beside the gallery's page, which shows it in a frame."""
+    if error is None and app.builder.format == "html":
+        shutil.copyfile(DOCS / "gallery" / INTERACTIVE, Path(app.outdir) / INTERACTIVE)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connects the writing to the beginning of the build."""
     app.add_config_value("run_examples", default=True, rebuild="", types=bool)
     app.connect("builder-inited", _write)
+    app.connect("build-finished", _copy_interactive)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -11,10 +11,8 @@ def main() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        cli = importlib.import_module("optgrad.experiments.cli")
-        interrupts = importlib.import_module("optgrad.experiments.interrupts")
-        with interrupts.watched():
-            cli.app(obj=_keep_compiled)
+        with importlib.import_module("optgrad.experiments.interrupts").watched():
+            importlib.import_module("optgrad.experiments.cli").app(obj=_keep_compiled)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package == "optgrad":

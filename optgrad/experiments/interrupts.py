@@ -15,6 +15,7 @@ import typer
 
 from optgrad.experiments import terminal
 
+_PLAIN = "Interrupted"
 STATUS = 130  # what shells give for a command that Ctrl-C ended
 _PATIENCE = 1.0  # seconds, after which it is said that something must end first
 _AGAIN = 0.05  # seconds
@@ -26,7 +27,7 @@ _has_advised = False
 
 
 @contextlib.contextmanager
-def explained(advice: Callable[[], str], at_once: str = "Interrupted") -> Iterator[None]:
+def explained(advice: Callable[[], str], at_once: str = _PLAIN) -> Iterator[None]:
     """Ends a command at a Ctrl-C: one line on stderr, status 130, no traceback.
 
     Of several, one in another, the innermost speaks.
@@ -71,6 +72,7 @@ def watched() -> Iterator[None]:
         yield
     finally:
         if listener.has_raised:
+            _advise()
             _end()
         sys.unraisablehook = hook
         signal.set_wakeup_fd(before)
@@ -139,9 +141,10 @@ class _Listener(threading.Thread):
 
 def _advise() -> None:
     global _has_advised  # noqa: PLW0603
-    if not _has_advised and _advice:
+    if not _has_advised:
         _has_advised = True
-        terminal.errors.print(_advice[-1][0](), markup=False, highlight=False, soft_wrap=True)
+        line = _advice[-1][0]() if _advice else _PLAIN
+        terminal.errors.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _end() -> None:
@@ -154,7 +157,7 @@ def _end() -> None:
 
 def _quit() -> None:
     """Ends the process; the locks of its streams may be held, so they are not used."""
-    text = "" if _has_advised or not _advice else f"{_advice[-1][1]}\n"
+    text = "" if _has_advised else f"{_advice[-1][1] if _advice else _PLAIN}\n"
     with contextlib.suppress(OSError):
         if sys.stdout is not None and sys.stdout.isatty():
             os.write(1, _SHOW_CURSOR + b"\n")

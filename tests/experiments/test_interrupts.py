@@ -29,6 +29,10 @@ def collecting(phase, info):
     print("ready", flush=True)
     time.sleep(60)  # Python drops an exception from here
 try:
+    if sys.argv[2] == "unexplained":
+        with interrupts.watched():
+            print("ready", flush=True)
+            time.sleep(60)
     with interrupts.watched(), interrupts.explained(lambda: "how to go on", at_once="at once"):
         if sys.argv[2] == "collecting":
             gc.callbacks.append(collecting)
@@ -101,6 +105,14 @@ def test_one_within_a_callback_of_the_garbage_collector_is_not_lost(busy):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "how to go on\n")
+
+
+def test_one_that_nobody_explains_is_named(busy):
+    """Between the commands' own lines: while the command line is built, say."""
+    process = busy("unexplained")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "Interrupted\n")
 
 
 def test_the_innermost_speaks_and_others_are_silent(capsys, monkeypatch):

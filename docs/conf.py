@@ -64,7 +64,7 @@ myst_heading_anchors = 4
 suppress_warnings = ["misc.highlighting_failure"]
 
 nb_execution_mode = "force"
-nb_execution_timeout = 300
+nb_execution_timeout = 1800  # of a cell; the machine may be busy
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 

@@ -33,8 +33,9 @@ SELDOM = {
 }
 
 # The methods take turns: of the tests that compile a program for each of many variants, or a large
-# one, each method runs a third, and of all others half; what neighbours run differs. Whoever
-# changes what all share runs ``--contract all``, as the table in docs/reliability.md asks for.
+# one, each method runs a third, and of all others half (those that take longest a quarter and a
+# third); what neighbours run differs. Whoever changes what all share runs ``--contract all``, as the
+# table in docs/reliability.md asks for.
 DEALT = {"odd_trees", "dtypes", "weak_types", "non_finite_entry", "either_extra_argument"}
 DEALT |= {"low_precision_state", "golden", "program_size", "sharded_parameters"}
 DEALT |= {"vmap_over_runs", "inject_integers", "extreme_rates", "position"}
@@ -84,7 +85,8 @@ def _is_dealt(item: pytest.Item) -> bool:
         return True
     name = item.originalname.removeprefix("test_")
     turn = sum(item.callspec.indices.values())  # the method's number, and those of the variants
-    return turn % 3 == 0 if name in DEALT else (turn + zlib.crc32(name.encode())) % 2 == 0
+    rounds = (3 if name in DEALT else 2) + (method.name in SLOW)
+    return (turn + zlib.crc32(name.encode())) % rounds == 0
 
 
 def method_of(item: pytest.Item) -> optgrad.Method | None:

@@ -34,8 +34,8 @@ SELDOM = {
 
 # The methods take turns: of the tests that compile a program for each of many variants, or a large
 # one, each method runs a third, and of all others half (those that take longest a quarter and a
-# third); what neighbours run differs. Whoever changes what all share runs ``--contract all``, as the
-# table in docs/reliability.md asks for.
+# third); what neighbours run differs. Whoever changes what all share runs ``--contract all``, as
+# the table in docs/reliability.md asks for.
 DEALT = {"odd_trees", "dtypes", "weak_types", "non_finite_entry", "either_extra_argument"}
 DEALT |= {"low_precision_state", "golden", "program_size", "sharded_parameters"}
 DEALT |= {"vmap_over_runs", "inject_integers", "extreme_rates", "position"}

@@ -39,11 +39,12 @@ def gallery(  # noqa: PLR0917  typer reads the options from the signature
 ) -> None:  # fmt: skip
     """Run every method on eight functions of two variables, and draw it.
 
-    All are tuned with the same number of trials, and charged in gradient equivalents. Writes
-    pictures, animations, an interactive page, the numbers, and a report.
+    All have the same number of trials, and are charged gradient equivalents.
+
+    Writes pictures, animations, an interactive page, numbers and a report.
 
     Example: optgrad gallery
-    Example: optgrad gallery --landscapes rosenbrock,saddle --methods sgd,adam,bfgs
+    Example: optgrad gallery --landscapes beale --methods sgd,adam,bfgs
     Example: optgrad gallery --draw docs/results/gallery --output pictures
     """
     from optgrad.experiments import gallery as lib  # noqa: PLC0415

@@ -59,7 +59,7 @@ def gauss_newton(
         or ``"dense"``, a QR factorisation of J with one step of refinement, which does not square
         the condition number, and takes no step where J is singular to working precision.
       maxiter: most iterations of conjugate gradients, ≥ 1.
-      tolerance: of conjugate gradients, relative to |u|, in [0, 1).
+      tolerance: of conjugate gradients, relative to ‖u‖, in [0, 1).
       residual_scale: s > 0; ½ by default, 1 for a sum of squares, 1/n for their mean.
       max_size: largest number of parameters that ``"dense"`` accepts.
 
@@ -117,7 +117,7 @@ def scale_by_gauss_newton(
     Args:
       solver: ``"cg"`` or ``"dense"``.
       maxiter: most iterations of conjugate gradients, ≥ 1.
-      tolerance: of conjugate gradients, relative to |u|, in [0, 1).
+      tolerance: of conjugate gradients, relative to ‖u‖, in [0, 1).
       residual_scale: s > 0 of the loss s·Σr².
       max_size: largest number of parameters that ``"dense"`` accepts.
 

@@ -43,7 +43,7 @@ def hessian_free(
       damping: λ > 0, its first value; of a schedule, later values rescale what was learnt.
       warm: share of the previous step, in [0, 1], with which conjugate gradients begin (Martens has
         1, later 0.95); it costs a product and a vector, and did not help here.
-      forcing: tolerance of conjugate gradients relative to |u|, in [0, 1), or ``"sqrt"`` for
+      forcing: tolerance of conjugate gradients relative to ‖u‖, in [0, 1), or ``"sqrt"`` for
         :math:`\min(\tfrac12, \sqrt{|u|})`, which saves iterations far from a minimum and takes
         more steps.
 

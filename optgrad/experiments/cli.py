@@ -5,8 +5,6 @@ What imports JAX is imported within the commands: their help, and the shell's co
 
 import contextlib
 import shlex
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -325,31 +323,21 @@ def soak(
     from optgrad.experiments import soak as lib  # noqa: PLC0415
 
     came_through: list[str] = []
-    with contextlib.ExitStack() as stack:
-        folder = Path(tempfile.mkdtemp(prefix="optgrad-soak-"))
-        stack.enter_context(
-            interrupts.explained(
-                lambda: (
-                    f"Interrupted; {len(came_through)} studies came through, and nothing is left"
-                )
-            )
-        )
-        on_progress = stack.enter_context(terminal.progress())
-        on_progress("the first study", 0)
-
-        def on_study(line: str) -> None:
-            came_through.append(line)
-            terminal.console.print(line, markup=False, highlight=False, soft_wrap=True)
-            on_progress(f"{len(came_through)} came through; the next study", 0)
-
+    with interrupts.explained(
+        lambda: f"Interrupted; {len(came_through)} studies came through, and nothing is left"
+    ):
         try:
-            found = lib.soak(minutes, seed, folder, on_study)
+            with lib.scratch() as folder, terminal.progress() as on_progress:
+                on_progress("the first study", 0)
+
+                def on_study(line: str) -> None:
+                    came_through.append(line)
+                    terminal.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                    on_progress(f"{len(came_through)} came through; the next study", 0)
+
+                found = lib.soak(minutes, seed, folder, on_study)
         except lib.LostError as error:  # what was found stays there
             raise terminal.refuse(error) from None
-        except KeyboardInterrupt:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    folder.rmdir()
     terminal.console.print(
         f"{found.kills} kills in {found.studies} studies, {found.seconds / 60:.1f} minutes: "
         "all metrics bit-identical, nothing left behind",

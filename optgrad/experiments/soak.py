@@ -7,8 +7,9 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from optgrad import registry
@@ -96,6 +97,20 @@ def random_study(draws: random.Random) -> list[str]:
     return arguments
 
 
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for `soak`, which stays only if something was lost."""
+    folder = Path(tempfile.mkdtemp(prefix="optgrad-soak-"))
+    try:
+        yield folder
+    except LostError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    folder.rmdir()
+
+
 def soak(minutes: float, seed: int, folder: Path, on_study: OnStudy = lambda line: None) -> Tally:
     """Runs random studies until the time is over, each undisturbed and killed.
 
@@ -162,8 +177,8 @@ def _run(arguments: Sequence[str], folder: Path, seconds: float | None = None) -
         process.communicate()
         return False
     except BaseException:  # a Ctrl-C leaves no process behind
-        with contextlib.suppress(OSError):
-            process.kill()
+        process.kill()
+        process.wait()  # before its folder is deleted
         raise
     if process.returncode == _REFUSED and not any(folder.iterdir()):
         raise RefusedError(f"optgrad {' '.join(arguments)}: {output}")

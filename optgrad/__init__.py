@@ -1,6 +1,6 @@
 """Optimizers that know about curvature, gradient variance and step size, for optax."""
 
-from optgrad import baselines
+from optgrad import baselines, parameter_free
 from optgrad.core.diagnostics import diagnostics, per_parameter
 from optgrad.core.gauss_newton import gauss_newton_diagonal
 from optgrad.core.layer_statistics import LayerStatistics, layer_statistics
@@ -188,6 +188,7 @@ __all__ = [
     "ogr_full",
     "ogr_subspace",
     "on_subtree",
+    "parameter_free",
     "per_example_grads",
     "per_parameter",
     "polyak",

@@ -75,6 +75,9 @@ class Method:
         ``state_dtype`` does where there is one. Empty only where the state has no vectors.
       wide_state: fields of its state that may not be kept in 16 bits, by any rounding: positions,
         and what is only used in differences. Names as `low_precision_state` takes them.
+      evaluation_params: ``(state, params) -> params`` to evaluate, an average of iterates, for
+        methods that are not evaluated at the parameters that they train. It finds the method's
+        state within any other, a chain's, a guard's or an injected one. None: the trained ones.
     """
 
     name: str
@@ -93,6 +96,7 @@ class Method:
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     low_precision: str = ""
     wide_state: tuple[str, ...] = ()
+    evaluation_params: Callable[[Any, Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if unknown := self.needs - EXTRAS.keys():
@@ -136,6 +140,26 @@ class Method:
           23
         """
         return self.state_size(size) if callable(self.state_size) else self.state_size
+
+    def evaluated(self, state: Any, params: Any) -> Any:
+        """The parameters at which the method is evaluated.
+
+        Args:
+          state: its state, alone or within any other.
+          params: the parameters that it trains.
+
+        Examples:
+          >>> import jax.numpy as jnp, optgrad
+          >>> method = optgrad.get_method("schedule_free_adamw")
+          >>> optimizer, params = optgrad.guard(method.factory(0.5)), jnp.ones(())
+          >>> state = optimizer.init(params)
+          >>> for _ in range(3):
+          ...     updates, state = optimizer.update(params, state, params)
+          ...     params = params + updates
+          >>> print(f"{params:.3f} {method.evaluated(state, params):.3f}")
+          0.182 0.208
+        """
+        return self.evaluation_params(state, params) if self.evaluation_params else params
 
     def extras(self, *, has_layers: bool) -> set[str]:
         """What to build for ``update``: of two arguments that it takes either of, one.

@@ -137,6 +137,8 @@ def _facts(method: registry.Method) -> Iterator[tuple[str, str]]:
         yield "tuned", "nothing"
     if method.low_precision:
         yield "state in 16 bits", method.low_precision
+    if method.evaluation_params:
+        yield "evaluated at", "an average of iterates, `evaluated(state, params)` of the record"
 
 
 def state_text(method: registry.Method) -> str:
@@ -200,19 +202,20 @@ def _sensitivity(method: registry.Method, *, has_picture: bool) -> list[str]:
 
 def _reference(method: registry.Method) -> list[str]:
     if method.family == "baselines":
-        public = [f"optgrad.baselines.{_factory_name(method)}"]
+        public = [_factory_name(method)]
     else:
         scale_by = [method.scale_by.__name__] if method.scale_by else []
         public = [f"optgrad.{name}" for name in (method.name, *scale_by)]
     # optax's own functions are documented by optax.
-    public = [name for name in public if not name.endswith(".")]
+    public = list(filter(None, public))
     blocks = [f"```{{eval-rst}}\n.. autofunction:: {name}\n```\n" for name in public]
     return ["## Method", "", *(blocks or _by_optax(method))]
 
 
 def _factory_name(method: registry.Method) -> str:
+    """With its module, of a factory of ours."""
     home = getattr(method.factory, "__module__", "")
-    return method.factory.__name__ if home == "optgrad.baselines" else ""
+    return f"{home}.{method.factory.__name__}" if home.startswith("optgrad.") else ""
 
 
 def _by_optax(method: registry.Method) -> list[str]:

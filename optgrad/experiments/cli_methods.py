@@ -72,6 +72,9 @@ def show(
         "16 bits": method.low_precision or "no vectors to keep",
         "stays wide": ", ".join(method.wide_state) or "–",
         "cost": f"{method.cost:g} gradient(s) per step",
+        "evaluated": "at the trained parameters"
+        if method.evaluation_params is None
+        else "at an average of iterates, evaluated(state, params) of the record",
     }
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)

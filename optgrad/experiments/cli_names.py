@@ -12,6 +12,7 @@ _PACKAGE = Path(__file__).parents[1]
 _EXPERIMENTS = _PACKAGE / "experiments"
 _METHOD = re.compile(r'\bMethod\(\s*(?:name=)?"(\w+)"')
 _BASELINES = "baselines"
+_BASELINE_FILES = ("baselines.py", "parameter_free.py")
 
 Complete = Callable[[str], list[str]]
 
@@ -99,7 +100,7 @@ def _family_files() -> Iterator[Path]:
 
 
 def _method_files() -> Iterator[Path]:
-    yield _PACKAGE / f"{_BASELINES}.py"
+    yield from (_PACKAGE / name for name in _BASELINE_FILES)
     yield from _family_files()
 
 

@@ -36,6 +36,9 @@ class Executable:
         self._interval = self._compiled(interval, 0, 0, 0, None, donate_argnums=0)
         self._step = self._compiled(step, 0, 0, 0, None, None, donate_argnums=0)
         self._observed = self._compiled(program.observed, 0)
+        self._evaluated = program.evaluated
+        if program.computes_evaluated:
+            self._evaluated = self._compiled(program.evaluated, 0)
         self._evaluate = {
             split: self._compiled(_of_split(program.evaluate, split), 0, None)
             for split in program.problem.splits
@@ -90,7 +93,7 @@ class Executable:
 
     def evaluate(self, state: RunState) -> dict[str, chex.Array]:
         """The metrics of every split, in order."""
-        params, data = self.program.evaluated(state), self.program.problem.data
+        params, data = self._evaluated(state), self.program.problem.data
         metrics: dict[str, chex.Array] = {}
         for split in self.program.problem.splits:
             if self.scans:
@@ -125,7 +128,7 @@ class Executable:
         seeds, data = self.place(np.zeros(shape, np.uint32)), self.program.problem.data
         state = jax.eval_shape(self.init, hyperparams, seeds)
         drawn = jax.eval_shape(self._draw, state.step, seeds, data)
-        params = jax.eval_shape(self.program.evaluated, state)
+        params = jax.eval_shape(self._evaluated, state)
         if self.scans:
             training = self._interval.lower(state, hyperparams, drawn, data)
             return state, training, [f.lower(params, data) for f in self._evaluate.values()]

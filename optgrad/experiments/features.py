@@ -13,7 +13,7 @@ of it:
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -110,7 +110,7 @@ class Features:
         if self.weight_decay:
             optimizer = with_weight_decay(optimizer, rate, self.weight_decay)
         if self.ema:
-            optimizer = with_average(optimizer, self.ema)
+            optimizer = with_average(optimizer, self.ema, method.evaluated)
         if self.guard:
             optimizer = guard(optimizer, max_consecutive=self.guard)
         if self.monitor:
@@ -120,10 +120,10 @@ class Features:
             optimizer = _accumulated(optimizer, self.accumulate, names, self.batch_size)
         return optimizer
 
-    def evaluated(self, params: Any, opt_state: Any) -> Any:
-        """The parameters to evaluate: their average where one is kept, else they themselves."""
+    def evaluated(self, method: registry.Method, params: Any, opt_state: Any) -> Any:
+        """The parameters to evaluate: their average where one is kept, else the method's."""
         if not self.ema:
-            return params
+            return method.evaluated(opt_state, params)
         return diagnostics.states_of(opt_state, AverageState)[0].average
 
     def failed(self, opt_state: Any) -> chex.Array:
@@ -221,7 +221,9 @@ class AverageState(NamedTuple):
 
 
 def with_average(
-    optimizer: optax.GradientTransformationExtraArgs, decay: chex.Numeric
+    optimizer: optax.GradientTransformationExtraArgs,
+    decay: chex.Numeric,
+    evaluated: Callable[[Any, Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""An optimizer that keeps an exponential moving average of the parameters, for evaluation.
 
@@ -233,6 +235,8 @@ def with_average(
     Args:
       optimizer: to be followed.
       decay: d in [0, 1); about the last 1/(1 − d) updates count.
+      evaluated: (state, params) -> the parameters that are averaged, where the optimizer is not
+        evaluated at those that it trains; see `registry.Method.evaluated`.
 
     Returns:
       The transformation; it needs ``params``, and its state has the field ``average``.
@@ -262,6 +266,8 @@ def with_average(
         updates, inner = optimizer.update(updates, state.inner_state, params, **extra)
         count = optax.safe_increment(state.count)
         moved = optax.apply_updates(params, updates)
+        if evaluated is not None:
+            moved = evaluated(inner, moved)
         weights = averages.sample_weights(count, decay)
         average = averages.update_mean(state.average, moved, weights)
         return updates, AverageState(inner, count, average)

@@ -131,7 +131,12 @@ class Program:
 
     def evaluated(self, state: RunState) -> Any:
         """The parameters that are evaluated."""
-        return self.features.evaluated(state.params, state.opt_state)
+        return self.features.evaluated(self.method, state.params, state.opt_state)
+
+    @property
+    def computes_evaluated(self) -> bool:
+        """Whether `evaluated` computes, for one run, what the state does not hold."""
+        return self.method.evaluation_params is not None and not self.features.ema
 
     def observed(self, state: RunState) -> dict[str, chex.Array]:
         """What guard and monitor tell of the last interval, scalars by name."""

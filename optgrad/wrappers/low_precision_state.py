@@ -62,8 +62,8 @@ def low_precision_state(
       keep: names of fields of the state that stay as wide as they are, such as ``"mu"`` or
         ``"position.stored"``. Default: those that any registered method lists in its
         ``wide_state``: positions, and what is used in differences only. Name what another
-        transformation keeps of positions, such as ``"z"`` of optax's ``schedule_free`` or
-        ``"init_params"`` of its ``dog``: those must not be rounded at all.
+        transformation keeps of positions, such as ``"x0"`` of optax's ``mechanize``: those must
+        not be rounded at all.
       seed: of the random bits, an integer or a traced one. Runs that are `jax.vmap`-ed share their
         bits unless they are given different ones.
 

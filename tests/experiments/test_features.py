@@ -248,7 +248,7 @@ def test_nothing_surrounds_the_method_by_default():
         jax.make_jaxpr(given.update)(*arguments)
     )
     assert load_config().features == Features(batch_size=64)
-    assert Features().evaluated(params, None) is params
+    assert Features().evaluated(method, params, None) is params
 
 
 # All methods, and refusals ----------------------------------------------------------------------
@@ -280,7 +280,9 @@ def test_what_is_accepted():
     scheduled = set(accepted(Features(schedule=lambda count: 1.0)))
     assert {"sgd", "adam", "adamw", "m_svag", "csawg", "kfac", "newton"} <= scheduled
     assert not scheduled & {"lbfgs", "polyak", "ogr1d", "vsgd", "adaptive_sgd", "damped_newton"}
-    assert set(accepted(Features(weight_decay=0.1))) == scheduled - {"adamw"}
+    decaying = {m.name for m in registry.methods() if "weight_decay" in m.hyperparameters}
+    assert {"adamw", "prodigy", "schedule_free_adamw"} <= decaying
+    assert set(accepted(Features(weight_decay=0.1))) == scheduled - decaying
     accumulated = set(accepted(Features(accumulate=2)))
     assert {"sgd", "m_svag_mb", "polyak", "l4_adam", "ogr1d", "csawg"} <= accumulated
     assert not accumulated & {"lbfgs", "kfac", "natural_gradient", "hessian_free", "lossgrad"}

@@ -203,7 +203,7 @@ class Program:
         return survey_runs.start(self._optimizer(value), start)
 
     def _steps(self, place: chex.Array, value: chex.Array, carry: Any, noise: chex.Array) -> Any:
-        """One run's next `CHUNK` steps: the new carry, and (cost, x, y) after each of them."""
+        """One run's next `CHUNK` steps: the new carry, and (cost, point) after each of them."""
         optimizer = self._optimizer(value)
 
         def step(carry: Any, noise: chex.Array) -> Any:
@@ -212,7 +212,7 @@ class Program:
             updates, state = optimizer.update(extras["grad"], state, x, **extras)
             x, state = optax.apply_updates(x, updates), transforms.strongly_typed(state)
             spent = charged(self._method, state, spent)
-            return (x, state, spent), jnp.append(spent, x)
+            return (x, state, spent), jnp.append(spent, self._method.evaluated(state, x))
 
         return jax.lax.scan(step, carry, noise)
 
@@ -245,7 +245,7 @@ class Runs(NamedTuple):
 
     starts: Float  # shape (R, 2)
     costs: Float  # gradient equivalents spent after each step, shape (V, R, T)
-    points: Float  # parameters then, shape (V, R, T, 2)
+    points: Float  # parameters that are evaluated then, shape (V, R, T, 2)
 
     def at(self, budgets: Float) -> Float:
         """Where the runs are when the next step would exceed a budget, shape (V, R, budgets, 2)."""

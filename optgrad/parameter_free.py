@@ -114,8 +114,8 @@ def dog(
 
     ``reps_rel`` is the authors' name of what optax calls ``("heuristic", reps_rel)``: the first
     distance is reps_rel·(1 + |θ₀|). The default is theirs; with batch normalisation they take 1e-4.
-    They evaluate an average of the iterates, which optax has not: in the harness use ``ema``. The
-    weight decay is L2 regularisation.
+    They evaluate an average of the iterates, which optax has not (``ema`` of the harness is another
+    one). The weight decay is L2 regularisation.
     """
     checks.check_in_range("reps_rel", reps_rel, 0.0, low_open=True, high_open=True)
     return _in_wide_types(

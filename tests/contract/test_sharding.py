@@ -70,9 +70,11 @@ OPTIONS = {"lanczos_saddle_free": {"k": 3}, "fast_natural_newton": {"k": 3}}
 
 # Where optax flattens leaves for its inner products, which gathers one that is not divided along
 # its first axis; and which jax refuses on an explicit mesh.
-OPTAX = {"lbfgs", "nonlinear_cg"}
+INNER_PRODUCTS = {"prodigy", "dadapt_adamw", "momo", "momo_adam"}
+OPTAX = {"lbfgs", "nonlinear_cg", *INNER_PRODUCTS}
 _OPTAX = "jax refuses optax's inner products of what is divided on an explicit mesh"
 NOT_EXPLICIT = {
+    **dict.fromkeys(INNER_PRODUCTS, _OPTAX),
     "lbfgs": _OPTAX,
     "nonlinear_cg": _OPTAX,
     "bfgs": _OPTAX,
@@ -231,6 +233,7 @@ def test_explicit_mesh(method, explicit_mesh):
 # Refused by `across_devices`, beside what is dense: line searches of optax, reductions of optax,
 # and a random vector over all outputs, which are the divided parameters here.
 REFUSED = {"nonlinear_cg", "lbfgs", "polyak_sgd", "diagonal_gauss_newton"}
+REFUSED |= {"dog", "dowg", *INNER_PRODUCTS}
 
 
 def is_served(method):

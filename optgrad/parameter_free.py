@@ -113,7 +113,7 @@ def dog(
     """`optax.contrib.dog`: SGD by the distance from the start over the gradients' norms.
 
     ``reps_rel`` is the authors' name of what optax calls ``("heuristic", reps_rel)``: the first
-    distance is reps_rel·(1 + |θ₀|). The default is theirs; with batch normalisation they take 1e-4.
+    distance is reps_rel·(1 + ‖θ₀‖). The default is theirs; with batch normalisation they take 1e-4.
     They evaluate an average of the iterates, which optax has not (``ema`` of the harness is another
     one). The weight decay is L2 regularisation.
     """

@@ -1,0 +1,317 @@
+"""A recommended default without a learning rate: steps as long as the recent path is wide."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optgrad.core import averages, checks, diagnostics, leafwise, transforms, trees
+from optgrad.online_regression import parabola
+from optgrad.registry import Method, Tunable, register
+
+_SAME = 1e-3  # a tensor's size, relative to that of all, below which it counts as 0
+_OF_ZEROS = 0.2  # the size of parameters that are all 0
+_PLANNED = 2.0  # κ of a run with an end, until it is annealed
+_ANNEALED = 0.5  # the last part of it, in which α falls linearly to 0
+
+
+class AutoState(NamedTuple):
+    """Mean and spread of the gradients, and how far each tensor's path is spread."""
+
+    count: chex.Array  # t, number of updates, int32, shape ()
+    mean_gradient: optax.Updates  # m, not bias-corrected, like the parameters
+    gradient_variance: optax.Updates  # v ≥ 0, not bias-corrected, like the parameters
+    displacement: optax.Updates  # D = θ − θ̄, from the mean position, like the parameters
+    spread: chex.Array  # s > 0 of each leaf, shape (leaves,)
+
+    def diagnostics(self) -> dict[str, chex.Array]:
+        """The spreads of the path, to which the steps are proportional.
+
+        Returns:
+          ``spread_geomean``, ``spread_min``, ``spread_max``: of s over the tensors, in units of
+          the parameters; scalars, 0 without tensors.
+        """
+        return {
+            f"spread_{name}": x for name, x in diagnostics.summarize(self.spread)._asdict().items()
+        }
+
+
+def auto(
+    total_steps: float | None = None,
+    weight_decay: float | optax.Schedule = 0.0,
+    *,
+    beta: float | optax.Schedule = 0.9,
+    beta_variance: float | optax.Schedule = 0.99,
+    beta_position: float | optax.Schedule = 0.99,
+    beta_spread: float | optax.Schedule = 0.97,
+    initial_spread: float = 0.05,
+    search_steps: float | optax.Schedule = 100.0,
+    state_dtype: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""A default that needs no tuning: Adam's direction, and steps as long as the path is wide.
+
+    .. math::
+      m &\leftarrow \beta m + (1-\beta)g, \quad
+      v \leftarrow \beta' v + (1-\beta')(g-m)^2, \quad
+      d = \hat m/\sqrt{\hat v + \hat m^2} \\
+      u &= -\alpha_t\,s\,d, \quad \theta \leftarrow \theta + u - \alpha_t s\lambda\theta, \quad
+      D \leftarrow \beta_\theta(D + u) \\
+      s^2 &\leftarrow \beta_s s^2 + (1-\beta_s)\,\overline{D^2}, \qquad
+      \alpha_t^2 = \frac{\kappa_t}{c}, \quad \kappa_t = 1 + \frac{\tau}{t + \tau/2}
+
+    with the bias-corrected :math:`\hat m, \hat v`. D is the distance from the mean position
+    (decay :math:`\beta_\theta`), and s, one number for each tensor, its root mean square: the σθ of
+    `adaptive_sgd`, pooled. The constant
+
+    .. math:: c = \frac{\beta_\theta^2(1-\beta)^2(1+\beta_\theta\beta)}
+       {(1-\beta_\theta\beta)(1-\beta_\theta^2)(1-\beta^2)}
+
+    is the mean of :math:`D^2` in units of :math:`(\alpha s)^2` if gradients are white noise. So
+    with κ = 1 noise alone neither widens nor narrows the path. A gradient that keeps its sign
+    widens it, and the steps grow until it does not; one that turns back, as in a valley or around a
+    minimum, narrows it. This is the collapse criterion of σθ/σg, held at its edge. The term τ/t
+    lets the steps grow in the beginning and later balances a restoring force that is proportional
+    to the step, which therefore decays as 1/t in the noise around a minimum: annealing without a
+    plan.
+
+    Nothing depends on the units of the loss or of the parameters: a loss times 1000 gives the same
+    steps, and parameters in other units the same path in these. Each entry moves by α_t·s at most.
+
+    It shines as a first choice: at these defaults it is about where tuned Adam is, or beyond (the
+    page "A default without a rate" has all numbers), most clearly where noise asks for annealing.
+    It is behind what knows more: a momentum tuned to a noise-free quadratic, and on curved valleys
+    without noise (Rosenbrock) where 1000 steps are few; a run of a few dozen steps ends before s is
+    found; a problem that changes after long annealing is followed slowly (start anew there).
+
+    Args:
+      total_steps: T ≥ 1, the length of the run if it is known. Then κ is larger by 1, so that steps
+        do not become shorter on their own, and α falls linearly to 0 in the second half; after T
+        nothing moves. None: no plan.
+      weight_decay: λ ≥ 0, decoupled and proportional to the step size α_t·s, as in AdamW.
+      beta: β in [0, 1), decay of the mean gradient.
+      beta_variance: β' in (0, 1), decay of its variance.
+      beta_position: β_θ in (0, 1), decay of the mean position; its window is what is asked for
+        signs of drift or return.
+      beta_spread: β_s in (0, 1), decay of s².
+      initial_spread: s > 0 before the first step, relative to the root mean square of the tensor,
+        or where that is 0 to that of all parameters, or where they are 0 to 0.2.
+      search_steps: τ ≥ 0, in steps.
+      state_dtype: type of m, v and D; default the parameter's, but at least float32. In bfloat16
+        the state is 1.5 vectors of float32.
+
+    Returns:
+      A `GradientTransformationExtraArgs` whose state holds three vectors of parameter size and a
+      number for each tensor. Its ``update`` needs the parameters. A coordinate whose gradient is
+      exactly 0 (an embedding row that the batch does not have, a dead input) keeps its position and
+      statistics and does not count in the mean of :math:`D^2`. `mean_position` gives the mean
+      position, an average of the iterates that costs no memory.
+
+    Raises:
+      ValueError: if an argument is outside its range, or if ``update`` is not given the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, optgrad
+      >>> optimizer = optgrad.auto()
+      >>> params, curvature = jnp.array([1.0, 1.0]), jnp.array([1.0, 100.0])
+      >>> state = optimizer.init(params)
+      >>> for step in range(300):
+      ...     updates, state = optimizer.update(curvature * params, state, params)
+      ...     params = params + updates
+      >>> print(max(abs(params)) < 1e-3)
+      True
+
+    References:
+      optgrad's own, docs/research/auto.md; from J. Duda, "SGD momentum optimizer with step
+      estimation by online parabola model", 2019, Algorithm 8 (σθ/σg), D. P. Kingma and J. Ba,
+      "Adam", 2015, and I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", 2019.
+    """
+    if total_steps is not None:
+        checks.check_in_range("total_steps", total_steps, 1, high_open=True)
+    checks.check_in_range("weight_decay", weight_decay, 0.0, high_open=True)
+    checks.check_in_range("beta", beta, 0.0, 1.0, high_open=True)
+    for name, decay in (
+        ("beta_variance", beta_variance),
+        ("beta_position", beta_position),
+        ("beta_spread", beta_spread),
+    ):
+        checks.check_in_range(name, decay, 0.0, 1.0, low_open=True, high_open=True)
+    checks.check_in_range("initial_spread", initial_spread, 0.0, low_open=True, high_open=True)
+    checks.check_in_range("search_steps", search_steps, 0.0, high_open=True)
+    checks.check_float_dtype("state_dtype", state_dtype)
+
+    def init(params: optax.Params) -> AutoState:
+        def zeros() -> optax.Updates:
+            return averages.zeros_like_average(params, state_dtype)
+
+        return AutoState(
+            count=jnp.zeros((), jnp.int32),
+            mean_gradient=zeros(),
+            gradient_variance=zeros(),
+            displacement=zeros(),
+            spread=jnp.asarray(initial_spread, averages.scalar_dtype()) * _sizes(params),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: AutoState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, AutoState]:
+        del extra
+        params = transforms.require_params(params)
+        at = transforms.hyperparameter_at
+        values = (beta, beta_variance, beta_position, beta_spread, weight_decay)
+        decay, decay_v, decay_x, decay_s, shrinking = (at(x, state.count) for x in values)
+        count = optax.safe_increment(state.count)
+        total = averages.sample_weights(count, decay).total
+        total_v = averages.sample_weights(count, decay_v).total
+        gain = _gain(count, at(search_steps, state.count), total_steps)
+        alpha = jnp.sqrt(gain / _noise(decay_x, decay))
+
+        def rule(  # noqa: PLR0917  one leaf of every tree
+            g: chex.Array,
+            theta: chex.Array,
+            m: chex.Array,
+            v: chex.Array,
+            x: chex.Array,
+            spread: chex.Array,
+        ) -> tuple[chex.Array, ...]:
+            dtype = averages.average_dtype(theta)
+            g, mean, variance, displacement = (array.astype(dtype) for array in (g, m, v, x))
+            rest = g == 0
+            mean = jnp.where(rest, mean, _mix(decay, mean, g))
+            variance = jnp.where(rest, variance, _mix(decay_v, variance, jnp.square(g - mean)))
+            length = (alpha * spread).astype(dtype)
+            direction = _direction(mean / total.astype(dtype), variance / total_v.astype(dtype))
+            step = -length * direction
+            moved = jnp.asarray(decay_x, dtype) * (displacement + step)
+            displacement = jnp.where(rest, displacement, moved)
+            step -= length * jnp.asarray(shrinking, dtype) * theta.astype(dtype)
+            step = jnp.where(rest, 0.0, step)
+            kept = zip((mean, variance, displacement), (m, v, x), strict=True)
+            return step.astype(theta.dtype), *(new.astype(old.dtype) for new, old in kept)
+
+        moved = trees.map_several(
+            4, rule, updates, params, state.mean_gradient, state.gradient_variance,
+            state.displacement, trees.spread(state.spread, updates),
+        )  # fmt: skip
+        steps, mean, variance, displacement = moved
+        spread = _spread(state.spread, displacement, updates, decay_s)
+        return steps, AutoState(count, mean, variance, displacement, spread)
+
+    return transforms.transformation(init, update)
+
+
+def mean_position(state: Any, params: optax.Params) -> optax.Params:
+    """The mean position θ − D of `auto`, an average of the iterates over 1/(1 − β_θ) steps.
+
+    The exponential average of the parameters with decay β_θ that others keep beside them, at no
+    memory; the start has the weight β_θᵗ in it. Right where the updates were applied as they are
+    and without weight decay. A coordinate that rests (its gradient is 0) averages in its own time.
+
+    Args:
+      state: the state of `auto`, alone or within any other (a chain's, a guard's, …).
+      params: the parameters.
+
+    Raises:
+      ValueError: if no such state is within ``state``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optgrad
+      >>> optimizer, params = optgrad.auto(), jnp.array([1.0, -2.0])
+      >>> state = optimizer.init(params)
+      >>> updates, state = optimizer.update(params, state, params)
+      >>> print(optgrad.mean_position(state, params + updates) > params + updates)
+      [ True False]
+    """
+    found = diagnostics.states_of(state, AutoState)
+    if not found:
+        raise ValueError(
+            f"state = {type(state).__name__} holds none of auto; accepted: a state of auto, or one "
+            "that contains it"
+        )
+
+    def mean(theta: chex.Array, displacement: chex.Array) -> chex.Array:
+        return (trees.wide(theta) - trees.wide(displacement)).astype(theta.dtype)
+
+    return jax.tree.map(mean, params, found[0].displacement)
+
+
+def _sizes(params: optax.Params) -> chex.Array:
+    """What the initial spread of each leaf is relative to, shape (leaves,)."""
+    (squares,) = trees.inner_products((params, params))
+    numbers = np.array([max(trees.size(x), 1) for x in jax.tree.leaves(params)])
+    each = jnp.sqrt(squares / numbers.astype(squares.dtype))
+    of_all = jnp.sqrt(jnp.sum(squares) / max(numbers.sum(), 1))
+    of_all = jnp.where((of_all > 0) & jnp.isfinite(of_all), of_all, _OF_ZEROS)
+    has_size = (each > _SAME * of_all) & jnp.isfinite(each)
+    return jnp.where(has_size, each, of_all)
+
+
+def _noise(decay_x: chex.Numeric, decay: chex.Numeric) -> chex.Numeric:
+    """c: what white noise makes of the mean of D², in units of (αs)²."""
+    both = decay_x * decay
+    poles = (1 - both) * (1 - decay_x**2) * (1 - decay**2)
+    return (decay_x * (1 - decay)) ** 2 * (1 + both) / poles
+
+
+def _gain(
+    count: chex.Array, search_steps: chex.Numeric, total_steps: chex.Numeric | None
+) -> chex.Array:
+    """κ, by which noise widens the path in 1/(1 − β_s) steps."""
+    t = count.astype(averages.scalar_dtype())
+    search = jnp.where(search_steps > 0, search_steps / (t + search_steps / 2), 0.0)
+    if total_steps is None:
+        return 1 + search
+    left = jnp.clip((total_steps + 1 - t) / (_ANNEALED * total_steps), 0.0, 1.0)
+    return (_PLANNED + search) * jnp.square(left)
+
+
+def _mix(decay: chex.Numeric, old: chex.Array, new: chex.Array) -> chex.Array:
+    return jnp.asarray(decay, old.dtype) * old + jnp.asarray(1 - decay, old.dtype) * new
+
+
+def _direction(mean: chex.Array, variance: chex.Array) -> chex.Array:
+    """m̂/√(v̂ + m̂²), in [−1, 1]; 0 where the denominator vanishes."""
+    square = variance + jnp.square(mean)
+    positive = square > np.finfo(square.dtype).tiny
+    return jnp.where(positive, mean / jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+
+
+def _spread(
+    spread: chex.Array, displacement: optax.Updates, grads: optax.Updates, decay: chex.Numeric
+) -> chex.Array:
+    """S after one more step, shape (leaves,); as before where no coordinate has a gradient."""
+
+    def relative(x: chex.Array, g: chex.Array, s: chex.Array) -> chex.Array:
+        x = trees.wide(x)
+        return jnp.where(g == 0, 0.0, x / s.astype(x.dtype))  # s² may have no float
+
+    each = trees.spread(spread, grads)
+    ratios = leafwise.tree_map(relative, displacement, grads, each)
+    moving = leafwise.tree_map(lambda g: (g != 0).astype(averages.average_dtype(g)), grads)
+    squares, number = trees.inner_products((ratios, ratios), (moving, moving))
+    mean = jnp.where(number > 0, squares / jnp.maximum(number, 1.0), 1.0)
+    return spread * jnp.sqrt(decay + (1 - decay) * mean)
+
+
+register(
+    Method(
+        name="auto",
+        factory=auto,
+        scale_by=None,
+        family="online_regression",
+        title="Auto: a default without a learning rate",
+        reference=f"optgrad; σθ/σg of {parabola.REFERENCE}",
+        equation="θ ← θ − α s m̂/√(v̂ + m̂²), s² ← β_s s² + (1−β_s)·mean (θ−θ̄)² of each tensor",
+        needs=frozenset({"params"}),
+        static_args=("state_dtype",),
+        tunes=Tunable("search_steps", 1e0, 1e4),
+        test_hyperparams={},
+        state_size=3,
+        low_precision=averages.LOW_PRECISION,
+    )
+)

@@ -116,9 +116,11 @@ def test_a_study_is_an_instance_of_the_profile(evidence):
     found = profiles.performance_profiles(costs)
     assert evidence.share_at(found["dog"], 1.9) == 0.0
     assert evidence.share_at(found["dog"], 2.1) == 0.5
-    assert evidence.is_ahead(found["auto"], found["dog"])
-    assert not evidence.is_ahead(found["dog"], found["auto"])
-    assert "everywhere" in evidence.profile_table(found)
+    assert evidence.first_below(found["auto"], found["dog"]) is None
+    assert evidence.first_below(found["dog"], found["auto"]) == 1.0
+    assert "| dog | 0.00 | 0.00 | 0.00 | 0.50 | 0.50 | never | yes |" in evidence.profile_table(
+        found
+    )
 
 
 def test_the_worst_of_each_optimizer_is_in_the_table(evidence):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from optgrad.core import averages, checks, diagnostics, leafwise, transforms, trees
+from optgrad.online_regression import coordinatewise as cw
 from optgrad.online_regression import parabola
 from optgrad.registry import Method, Tunable, register
 
@@ -19,12 +20,12 @@ _ANNEALED = 0.5  # the last part of it, in which α falls linearly to 0
 
 
 class AutoState(NamedTuple):
-    """Mean and spread of the gradients, and how far each tensor's path is spread."""
+    """Mean and spread of the gradients, mean of the positions, and how wide each path is."""
 
     count: chex.Array  # t, number of updates, int32, shape ()
+    position: cw.Position  # mean position, like the parameters; see `coordinatewise`
     mean_gradient: optax.Updates  # m, not bias-corrected, like the parameters
     gradient_variance: optax.Updates  # v ≥ 0, not bias-corrected, like the parameters
-    displacement: optax.Updates  # D = θ − θ̄, from the mean position, like the parameters
     spread: chex.Array  # s > 0 of each leaf, shape (leaves,)
 
     def diagnostics(self) -> dict[str, chex.Array]:
@@ -49,6 +50,7 @@ def auto(
     beta_spread: float | optax.Schedule = 0.97,
     initial_spread: float = 0.05,
     search_steps: float | optax.Schedule = 100.0,
+    position: str = "mean",
     state_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A default that needs no tuning: Adam's direction, and steps as long as the path is wide.
@@ -57,14 +59,14 @@ def auto(
       m &\leftarrow \beta m + (1-\beta)g, \quad
       v \leftarrow \beta' v + (1-\beta')(g-m)^2, \quad
       d = \hat m/\sqrt{\hat v + \hat m^2} \\
-      u &= -\alpha_t\,s\,d, \quad \theta \leftarrow \theta + u - \alpha_t s\lambda\theta, \quad
-      D \leftarrow \beta_\theta(D + u) \\
-      s^2 &\leftarrow \beta_s s^2 + (1-\beta_s)\,\overline{D^2}, \qquad
+      \bar\theta &\leftarrow \beta_\theta\bar\theta + (1-\beta_\theta)\theta, \quad
+      D = \theta - \bar\theta, \quad
+      s^2 \leftarrow \beta_s s^2 + (1-\beta_s)\,\overline{D^2} \\
+      \theta &\leftarrow \theta - \alpha_t s\,(d + \lambda\theta), \qquad
       \alpha_t^2 = \frac{\kappa_t}{c}, \quad \kappa_t = 1 + \frac{\tau}{t + \tau/2}
 
-    with the bias-corrected :math:`\hat m, \hat v`. D is the distance from the mean position
-    (decay :math:`\beta_\theta`), and s, one number for each tensor, its root mean square: the σθ of
-    `adaptive_sgd`, pooled. The constant
+    with the bias-corrected :math:`\hat m, \hat v`. D is the distance from the mean position, and s,
+    one number for each tensor, its root mean square: the σθ of `adaptive_sgd`, pooled. The constant
 
     .. math:: c = \frac{\beta_\theta^2(1-\beta)^2(1+\beta_\theta\beta)}
        {(1-\beta_\theta\beta)(1-\beta_\theta^2)(1-\beta^2)}
@@ -99,15 +101,18 @@ def auto(
       initial_spread: s > 0 before the first step, relative to the root mean square of the tensor,
         or where that is 0 to that of all parameters, or where they are 0 to 0.2.
       search_steps: τ ≥ 0, in steps.
-      state_dtype: type of m, v and D; default the parameter's, but at least float32. In bfloat16
-        the state is 1.5 vectors of float32.
+      position: ``"mean"`` stores the mean position, ``"displacement"`` and ``"trusted"`` distances
+        from it, as in `adaptive_sgd`; for parameters in 16 bits, whose steps may be lost in their
+        rounding, take ``"trusted"``.
+      state_dtype: type of m and v; default the parameter's, but at least float32. The mean position
+        is never kept in fewer bits: with bfloat16 the state is two vectors of float32.
 
     Returns:
-      A `GradientTransformationExtraArgs` whose state holds three vectors of parameter size and a
-      number for each tensor. Its ``update`` needs the parameters. A coordinate whose gradient is
-      exactly 0 (an embedding row that the batch does not have, a dead input) keeps its position and
-      statistics and does not count in the mean of :math:`D^2`. `mean_position` gives the mean
-      position, an average of the iterates that costs no memory.
+      A `GradientTransformationExtraArgs` whose state holds three vectors of parameter size (with
+      ``position="displacement"`` four) and a number for each tensor. Its ``update`` needs the
+      parameters. A coordinate whose gradient is exactly 0 (an embedding row that the batch does not
+      have, a dead input) keeps its position and statistics and does not count in the mean of
+      :math:`D^2`. `mean_position` gives the mean position, an average of the iterates.
 
     Raises:
       ValueError: if an argument is outside its range, or if ``update`` is not given the parameters.
@@ -140,18 +145,18 @@ def auto(
         checks.check_in_range(name, decay, 0.0, 1.0, low_open=True, high_open=True)
     checks.check_in_range("initial_spread", initial_spread, 0.0, low_open=True, high_open=True)
     checks.check_in_range("search_steps", search_steps, 0.0, high_open=True)
+    checks.check_one_of("position", position, cw.FORMS)
     checks.check_float_dtype("state_dtype", state_dtype)
+    at = transforms.hyperparameter_at
 
     def init(params: optax.Params) -> AutoState:
-        def zeros() -> optax.Updates:
-            return averages.zeros_like_average(params, state_dtype)
-
+        count = jnp.zeros((), jnp.int32)
         return AutoState(
-            count=jnp.zeros((), jnp.int32),
-            mean_gradient=zeros(),
-            gradient_variance=zeros(),
-            displacement=zeros(),
-            spread=jnp.asarray(initial_spread, averages.scalar_dtype()) * _sizes(params),
+            count=count,
+            position=cw.init_position(params, position, state_dtype),
+            mean_gradient=averages.zeros_like_average(params, state_dtype),
+            gradient_variance=averages.zeros_like_average(params, state_dtype),
+            spread=_initial_spread(params, at(initial_spread, count)),
         )
 
     def update(
@@ -162,93 +167,80 @@ def auto(
     ) -> tuple[optax.Updates, AutoState]:
         del extra
         params = transforms.require_params(params)
-        at = transforms.hyperparameter_at
         values = (beta, beta_variance, beta_position, beta_spread, weight_decay)
         decay, decay_v, decay_x, decay_s, shrinking = (at(x, state.count) for x in values)
         count = optax.safe_increment(state.count)
         total = averages.sample_weights(count, decay).total
         total_v = averages.sample_weights(count, decay_v).total
-        gain = _gain(count, at(search_steps, state.count), total_steps)
-        alpha = jnp.sqrt(gain / _noise(decay_x, decay))
+        gain = _gain(count, *(at(x, state.count) for x in (search_steps, total_steps)))
+        deviations = cw.deviations(updates, params, state.position, beta=decay_x, form=position)
+        spread = _spread(state.spread, deviations, updates, decay_s)
+        spread = jnp.where(state.count > 0, spread, state.spread)  # nothing has moved yet
+        length = jnp.sqrt(gain / _noise(decay_x, decay)) * spread
 
-        def rule(  # noqa: PLR0917  one leaf of every tree
-            g: chex.Array,
-            theta: chex.Array,
-            m: chex.Array,
-            v: chex.Array,
-            x: chex.Array,
-            spread: chex.Array,
+        def rule(
+            sample: cw.Sample, mean: chex.Array, v: chex.Array, theta: chex.Array, step: chex.Array
         ) -> tuple[chex.Array, ...]:
-            dtype = averages.average_dtype(theta)
-            g, mean, variance, displacement = (array.astype(dtype) for array in (g, m, v, x))
-            rest = g == 0
-            mean = jnp.where(rest, mean, _mix(decay, mean, g))
-            variance = jnp.where(rest, variance, _mix(decay_v, variance, jnp.square(g - mean)))
-            length = (alpha * spread).astype(dtype)
-            direction = _direction(mean / total.astype(dtype), variance / total_v.astype(dtype))
-            step = -length * direction
-            moved = jnp.asarray(decay_x, dtype) * (displacement + step)
-            displacement = jnp.where(rest, displacement, moved)
-            step -= length * jnp.asarray(shrinking, dtype) * theta.astype(dtype)
-            step = jnp.where(rest, 0.0, step)
-            kept = zip((mean, variance, displacement), (m, v, x), strict=True)
-            return step.astype(theta.dtype), *(new.astype(old.dtype) for new, old in kept)
+            mean = sample.mean_gradient(mean, decay)
+            v = sample.moment(v, jnp.square(sample.gradient - mean), decay_v, 1 - decay_v)
+            direction = _direction(mean / total.astype(mean.dtype), v / total_v.astype(v.dtype))
+            if not (isinstance(shrinking, float | int) and shrinking == 0):
+                direction += jnp.asarray(shrinking, theta.dtype) * theta
+            return -step * direction, mean, v
 
-        moved = trees.map_several(
-            4, rule, updates, params, state.mean_gradient, state.gradient_variance,
-            state.displacement, trees.spread(state.spread, updates),
+        vectors = (state.mean_gradient, state.gradient_variance)
+        steps, moved, vectors = cw.update_coordinates(
+            rule, updates, params, state.position, vectors,
+            beta=decay_x, form=position, skip=True, given=(params, trees.spread(length, params)),
         )  # fmt: skip
-        steps, mean, variance, displacement = moved
-        spread = _spread(state.spread, displacement, updates, decay_s)
-        return steps, AutoState(count, mean, variance, displacement, spread)
+        return steps, AutoState(count, moved, *vectors, spread)
 
     return transforms.transformation(init, update)
 
 
-def mean_position(state: Any, params: optax.Params) -> optax.Params:
-    """The mean position θ − D of `auto`, an average of the iterates over 1/(1 − β_θ) steps.
+def mean_position(state: Any, params: optax.Params, position: str = "mean") -> optax.Params:
+    """The mean position of `auto`, the exponential average of the parameters with decay β_θ.
 
-    The exponential average of the parameters with decay β_θ that others keep beside them, at no
-    memory; the start has the weight β_θᵗ in it. Right where the updates were applied as they are
-    and without weight decay. A coordinate that rests (its gradient is 0) averages in its own time.
+    What others keep beside the parameters, to evaluate or deploy it where gradients are noisy, is
+    in this state anyway. It contains the start with the weight β_θᵗ, and the last update from the
+    next step on. A coordinate that rests (its gradient is 0) averages in its own time.
 
     Args:
       state: the state of `auto`, alone or within any other (a chain's, a guard's, …).
       params: the parameters.
+      position: what was given to `auto`.
 
     Raises:
-      ValueError: if no such state is within ``state``.
+      ValueError: if no such state is within ``state``, or ``position`` is unknown.
 
     Examples:
       >>> import jax.numpy as jnp, optgrad
       >>> optimizer, params = optgrad.auto(), jnp.array([1.0, -2.0])
       >>> state = optimizer.init(params)
       >>> updates, state = optimizer.update(params, state, params)
-      >>> print(optgrad.mean_position(state, params + updates) > params + updates)
-      [ True False]
+      >>> print(optgrad.mean_position(state, params + updates))
+      [ 1. -2.]
     """
+    checks.check_one_of("position", position, cw.FORMS)
     found = diagnostics.states_of(state, AutoState)
     if not found:
         raise ValueError(
             f"state = {type(state).__name__} holds none of auto; accepted: a state of auto, or one "
             "that contains it"
         )
-
-    def mean(theta: chex.Array, displacement: chex.Array) -> chex.Array:
-        return (trees.wide(theta) - trees.wide(displacement)).astype(theta.dtype)
-
-    return jax.tree.map(mean, params, found[0].displacement)
+    return transforms.cast_like(cw.mean_position(params, found[0].position, position), params)
 
 
-def _sizes(params: optax.Params) -> chex.Array:
-    """What the initial spread of each leaf is relative to, shape (leaves,)."""
+@jax.jit  # the same roundings whether or not it is called within another
+def _initial_spread(params: optax.Params, relative: chex.Numeric) -> chex.Array:
+    """S before the first step, shape (leaves,)."""
     (squares,) = trees.inner_products((params, params))
     numbers = np.array([max(trees.size(x), 1) for x in jax.tree.leaves(params)])
     each = jnp.sqrt(squares / numbers.astype(squares.dtype))
     of_all = jnp.sqrt(jnp.sum(squares) / max(numbers.sum(), 1))
     of_all = jnp.where((of_all > 0) & jnp.isfinite(of_all), of_all, _OF_ZEROS)
     has_size = (each > _SAME * of_all) & jnp.isfinite(each)
-    return jnp.where(has_size, each, of_all)
+    return jnp.asarray(relative, squares.dtype) * jnp.where(has_size, each, of_all)
 
 
 def _noise(decay_x: chex.Numeric, decay: chex.Numeric) -> chex.Numeric:
@@ -263,15 +255,11 @@ def _gain(
 ) -> chex.Array:
     """κ, by which noise widens the path in 1/(1 − β_s) steps."""
     t = count.astype(averages.scalar_dtype())
-    search = jnp.where(search_steps > 0, search_steps / (t + search_steps / 2), 0.0)
+    search = search_steps / (t + search_steps / 2)
     if total_steps is None:
         return 1 + search
     left = jnp.clip((total_steps + 1 - t) / (_ANNEALED * total_steps), 0.0, 1.0)
     return (_PLANNED + search) * jnp.square(left)
-
-
-def _mix(decay: chex.Numeric, old: chex.Array, new: chex.Array) -> chex.Array:
-    return jnp.asarray(decay, old.dtype) * old + jnp.asarray(1 - decay, old.dtype) * new
 
 
 def _direction(mean: chex.Array, variance: chex.Array) -> chex.Array:
@@ -282,16 +270,14 @@ def _direction(mean: chex.Array, variance: chex.Array) -> chex.Array:
 
 
 def _spread(
-    spread: chex.Array, displacement: optax.Updates, grads: optax.Updates, decay: chex.Numeric
+    spread: chex.Array, deviations: optax.Params, grads: optax.Updates, decay: chex.Numeric
 ) -> chex.Array:
-    """S after one more step, shape (leaves,); as before where no coordinate has a gradient."""
+    """S with one more sample, shape (leaves,); as before where no coordinate has a gradient."""
 
     def relative(x: chex.Array, g: chex.Array, s: chex.Array) -> chex.Array:
-        x = trees.wide(x)
         return jnp.where(g == 0, 0.0, x / s.astype(x.dtype))  # s² may have no float
 
-    each = trees.spread(spread, grads)
-    ratios = leafwise.tree_map(relative, displacement, grads, each)
+    ratios = leafwise.tree_map(relative, deviations, grads, trees.spread(spread, grads))
     moving = leafwise.tree_map(lambda g: (g != 0).astype(averages.average_dtype(g)), grads)
     squares, number = trees.inner_products((ratios, ratios), (moving, moving))
     mean = jnp.where(number > 0, squares / jnp.maximum(number, 1.0), 1.0)
@@ -308,10 +294,11 @@ register(
         reference=f"optgrad; σθ/σg of {parabola.REFERENCE}",
         equation="θ ← θ − α s m̂/√(v̂ + m̂²), s² ← β_s s² + (1−β_s)·mean (θ−θ̄)² of each tensor",
         needs=frozenset({"params"}),
-        static_args=("state_dtype",),
+        static_args=("position", "state_dtype"),
         tunes=Tunable("search_steps", 1e0, 1e4),
         test_hyperparams={},
         state_size=3,
-        low_precision=averages.LOW_PRECISION,
+        low_precision=cw.LOW_PRECISION,
+        wide_state=("position.stored", "position.previous"),
     )
 )

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optgrad.core import averages, checks, diagnostics, transforms, trees
+from optgrad.core import averages, checks, diagnostics, leafwise, transforms, trees
 
 FORMS = ("mean", "displacement", "trusted")
 LOW_PRECISION = (
@@ -101,6 +101,7 @@ def update_coordinates(
     beta: chex.Numeric,
     form: str,
     skip: bool,
+    given: tuple[Any, ...] = (),
 ) -> tuple[optax.Updates, Position, tuple[Any, ...]]:
     """One step of a rule on every leaf.
 
@@ -114,6 +115,7 @@ def update_coordinates(
       beta: decay of the mean position.
       form: one of `FORMS`.
       skip: whether coordinates whose gradient is exactly 0 are left alone, statistics and all.
+      given: further trees, handed to the rule behind the vectors.
 
     Returns:
       Updates in the parameters' types, the new position and the new vectors.
@@ -122,6 +124,7 @@ def update_coordinates(
     def one(
         theta: chex.Array, g: chex.Array, stored: chex.Array, *old: chex.Array
     ) -> tuple[chex.Array, ...]:
+        old, others = old[: len(old) - len(given)], old[len(old) - len(given) :]
         old, before = (old[:-1], old[-1]) if form == "displacement" else (old, None)
         dtype = averages.average_dtype(theta)
 
@@ -131,7 +134,7 @@ def update_coordinates(
         none = jnp.zeros((), dtype)
         sample = Sample(g.astype(dtype), none, none, skip)
         sample, centre = _located(form, sample, wide(stored), before, wide(theta), beta)
-        step, *new = rule(sample, *map(wide, old))
+        step, *new = rule(sample, *map(wide, old), *map(wide, others))
         step = sample.keep(step, jnp.zeros_like(step)).astype(theta.dtype)
         rest: tuple[chex.Array, ...] = ()
         if form == "trusted":
@@ -145,9 +148,38 @@ def update_coordinates(
 
     stores = [position.stored, *vectors]
     stores += [position.previous] if form == "displacement" else []
-    updates, stored, *rest = trees.map_several(1 + len(stores), one, params, grads, *stores)
+    results = trees.map_several(1 + len(stores), one, params, grads, *stores, *given)
+    updates, stored, *rest = results
     previous = rest.pop() if form == "displacement" else None
     return updates, Position(stored, previous), tuple(rest)
+
+
+def deviations(
+    grads: optax.Updates, params: optax.Params, position: Position, *, beta: chex.Numeric, form: str
+) -> optax.Params:
+    """θ − m of the coordinates that have a gradient, as `update_coordinates` is going to find it.
+
+    Trees like the parameters, in at least float32, for what has to be known before the step.
+    """
+
+    def one(g: chex.Array, theta: chex.Array, stored: chex.Array, *rest: chex.Array) -> chex.Array:
+        dtype = averages.average_dtype(theta)
+        none = jnp.zeros((), dtype)
+        sample = Sample(g.astype(dtype), none, none, skip=True)
+        before = rest[0] if rest else None
+        theta, stored = theta.astype(dtype), stored.astype(averages.widest_dtype(stored, theta))
+        return _located(form, sample, stored, before, theta, beta)[0].deviation
+
+    before = () if position.previous is None else (position.previous,)
+    return leafwise.tree_map(one, grads, params, position.stored, *before)
+
+
+def mean_position(params: optax.Params, position: Position, form: str) -> optax.Params:
+    """The mean position m itself, in at least float32."""
+    if form == "mean":
+        return position.stored
+    origin = position.previous if form == "displacement" else params
+    return leafwise.tree_map(lambda x, d: trees.wide(x) - trees.wide(d), origin, position.stored)
 
 
 def _located(  # noqa: PLR0917

@@ -61,7 +61,11 @@ def test_invariants(method, gradients):
             assert np.all((numbers >= low) & (numbers <= high)), name
 
 
+BY_TENSOR = {"auto"}  # a number for each tensor: there it matters what is in one
+
+
 @problem.OWN
+@pytest.mark.methods_where(predicate=lambda method: method.name not in BY_TENSOR)
 @hypothesis.settings(max_examples=10)
 @hypothesis.given(gradients=streams(10.0), order=st.permutations(range(ENTRIES)))
 def test_order_of_entries(method, gradients, order):

@@ -1,0 +1,156 @@
+"""One ingredient of `optgrad.auto` taken away or changed at a time.
+
+    python benchmarks/auto_ablation.py --output docs/results/auto/ablation
+
+The rule is that of `auto_rule`, which at its defaults is auto. On the quick problems of
+`auto_problems.py`; writes report.md and ablation.csv, anew after each problem.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import auto_problems
+import auto_rule
+import jax
+import numpy as np
+from auto_problems import QUICK, Difference, Quick
+
+from optgrad.experiments import compilation, gaps, problems, report, results
+
+WHOLE = "auto"
+AVERAGED = "evaluated at the mean position"
+Row = dict[str, Any]
+
+
+def constant(value: float) -> Any:
+    """κ that does not depend on the step."""
+    return lambda t: value
+
+
+# What is changed -> arguments of the rule.
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    WHOLE: {},
+    "one spread for the whole tree": {"pool": "tree"},
+    "one spread for each coordinate": {"pool": "coordinate"},
+    "κ = 1 (no search)": {"kappa": constant(1.0)},
+    "κ = 1.5 (no annealing)": {"kappa": constant(1.5)},
+    "κ = 0.7 (collapses)": {"kappa": constant(0.7)},
+    "β_θ = 0.9": {"beta_position": 0.9},
+    "raw second moment, as Adam": {"central": False},
+    "β = 0 (the sign: the variance is 0)": {"beta": 0.0},
+    "β = 0, raw second moment": {"beta": 0.0, "central": False},
+    "zero gradients do not rest": {"rests": False},
+    "initial spread 0.001 everywhere": {"spread": 1e-3, "relative": False},
+    AVERAGED: {},
+}
+
+
+def measure(name: str, quick: Quick) -> list[Row]:
+    """A row for each variant: the score, and how far it is behind that of the whole rule."""
+    problem = quick.build()
+    kind = gaps.kind_of(problem.score)
+    found = {variant: _result(variant, quick, problem) for variant in VARIANTS}
+    rows = []
+    for variant, result in found.items():
+        behind = auto_problems.difference(result, found[WHOLE], kind)
+        rows.append({
+            "problem": name, "variant": variant, "score": problem.score.name,
+            "final": float(f"{gaps.typical(result, kind):.6g}"),
+            "text": problem.score.text(gaps.typical(result, kind)),
+            "percent": round(behind.percent, 4), "error": round(behind.error, 4),
+            "seeds": quick.seeds,
+        })  # fmt: skip
+    return rows
+
+
+def _result(variant: str, quick: Quick, problem: problems.Problem) -> gaps.Result:
+    method = auto_rule.record(average=variant == AVERAGED)
+    return auto_problems.train(quick, problem, method, [{}], **VARIANTS[variant])[0]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Final score of each variant on each problem, and how far it is behind, in percent."""
+    names = list(dict.fromkeys(row["problem"] for row in rows))
+    lines = []
+    for variant in VARIANTS:
+        chosen = [row for row in rows if row["variant"] == variant]
+        cells = [f"{row['text']} ({_marked(row)})" for row in chosen]
+        behind = [row["percent"] for row in chosen]
+        ends = (auto_problems.percent(float(x)) for x in (np.mean(behind), max(behind)))
+        lines.append([variant, *cells, *ends])
+    return report.markdown_table(("variant", *names, "mean", "worst"), lines)
+
+
+def _marked(row: Row) -> str:
+    """The difference, bold where it is clear."""
+    behind = Difference(row["percent"], row["error"])
+    text = auto_problems.percent(row["percent"])
+    return f"**{text}**" if behind.is_ahead or behind.is_behind else text
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """Where each variant is clearly behind, or ahead."""
+    found = []
+    for variant in VARIANTS:
+        chosen = [row for row in rows if row["variant"] == variant]
+        differences = {row["problem"]: Difference(row["percent"], row["error"]) for row in chosen}
+        behind = [name for name, d in differences.items() if d.is_behind]
+        ahead = [name for name, d in differences.items() if d.is_ahead]
+        if variant != WHOLE:
+            found.append(
+                f"- {variant}: clearly behind on {len(behind)} of {len(chosen)} problems"
+                f"{_listed(behind)}, clearly ahead on {len(ahead)}{_listed(ahead)}."
+            )
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" ({', '.join(names)})" if names else ""
+
+
+def text_of(rows: Sequence[Row]) -> str:
+    """The report, Markdown."""
+    environment = results.describe_environment()
+    seeds = {row["problem"]: row["seeds"] for row in rows}
+    counts = ", ".join(f"{name} {number}" for name, number in seeds.items())
+    return "\n".join([
+        "# What each ingredient of auto does", "",
+        "Written by `python benchmarks/auto_ablation.py`, revision "
+        f"`{environment['revision']}`, jax {environment['jax']}; seeds: {counts}.", "",
+        "One change at a time, nothing else adapted to it (the constant c is, to β and β_θ). "
+        "Final scores (test accuracy [%] for digits, test loss for logistic, embedding and "
+        "attention, excess for the others, there the geometric mean), and in brackets how far they "
+        "are behind the whole rule's in percent: points of accuracy, relative loss, or the share "
+        "of the decades of the excess that is missing. Negative is ahead; bold is clear, by more "
+        "than 1 % and two standard errors of the differences seed by seed.", "",
+        table(rows), "", *sentences(rows), "",
+    ])  # fmt: skip
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """Report and numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = [{k: v for k, v in row.items() if k != "text"} for row in rows]
+    results.write_csv(folder / "ablation.csv", kept)
+    (folder / "report.md").write_text(text_of(rows), encoding="utf-8")
+
+
+def main() -> None:
+    """Measures what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--problems", nargs="+", choices=QUICK, default=list(QUICK))
+    arguments = parser.parse_args()
+    compilation.cache_on_disk()
+    rows: list[Row] = []
+    for name in arguments.problems:
+        rows += measure(name, QUICK[name])
+        write(rows, arguments.output)
+        print(f"{name}: done", flush=True)
+        jax.clear_caches()
+
+
+if __name__ == "__main__":
+    main()

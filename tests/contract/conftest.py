@@ -13,8 +13,9 @@ HERE = Path(__file__).parent
 # Left to one stage of .ci/run: what takes XLA several times as long to compile as all else, and
 # optax's own methods, which change with optax only. (A method is tested by being registered; it
 # needs not be named here.) tests/conftest.py leaves the curvature family to it everywhere.
-SLOW = {"ogr_subspace", "ogr_diagonal_subspace"}
-SLOW |= {method.name for method in optgrad.methods("baselines")}
+LONGEST = {"ogr_subspace", "ogr_diagonal_subspace"}
+SLOW = LONGEST | {method.name for method in optgrad.methods("baselines")}
+LONGEST |= {method.name for method in optgrad.methods("curvature")}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -33,9 +34,9 @@ SELDOM = {
 }
 
 # The methods take turns: of the tests that compile a program for each of many variants, or a large
-# one, each method runs a third, and of all others half (those that take longest a quarter and a
-# third); what neighbours run differs. Whoever changes what all share runs ``--contract all``, as
-# the table in docs/reliability.md asks for.
+# one, each method runs a third, and of all others half; methods that take longest to compile a
+# quarter and a third, and optax's own a sixth and a fifth; what neighbours run differs. Whoever
+# changes what all share runs ``--contract all``, as the table in docs/reliability.md asks for.
 DEALT = {"odd_trees", "dtypes", "weak_types", "non_finite_entry", "either_extra_argument"}
 DEALT |= {"low_precision_state", "golden", "program_size", "sharded_parameters"}
 DEALT |= {"vmap_over_runs", "inject_integers", "extreme_rates", "position"}
@@ -85,7 +86,8 @@ def _is_dealt(item: pytest.Item) -> bool:
         return True
     name = item.originalname.removeprefix("test_")
     turn = sum(item.callspec.indices.values())  # the method's number, and those of the variants
-    rounds = (3 if name in DEALT else 2) + (method.name in SLOW)
+    longer = 3 * (method.family == "baselines") + (method.name in LONGEST)
+    rounds = (3 if name in DEALT else 2) + longer
     return (turn + zlib.crc32(name.encode())) % rounds == 0
 
 

@@ -20,6 +20,7 @@ BAR, BAR_COSINE = 1.0, 0.3  # percent; the second on images, with total_steps
 BEST = ("best parameter-free", "best constant rate", "best cosine")
 FACTORS = (1.0, 1.1, 1.5, 2.0, 5.0)  # of the profile's table
 _LARGEST = 1000.0  # percent, in the picture of the gaps
+_NEAR = 2.0  # the last factor of the near view of the profiles
 _COLUMNS = 4  # of the picture of all curves
 
 
@@ -289,18 +290,21 @@ def gaps_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
 
 
 def profile_figure(found: Mapping[str, profiles.Profile]) -> Figure:
-    """The performance profiles, `auto`'s line the thickest."""
-    figure = Figure(figsize=(7.5, 3.8))
-    axis = figure.subplots()
-    finite = [p.factors[-1] for p in found.values()]
+    """The performance profiles, near the best and whole; `auto`'s line the thickest."""
+    figure = Figure(figsize=(10.5, 3.8))
+    near, whole = figure.subplots(1, 2, sharey=True)
+    last = 1.2 * max([_NEAR, *(p.factors[-1] for p in found.values())])
     for number, (label, profile) in enumerate(found.items()):
-        factors = np.append(profile.factors, 1.2 * max(finite))
+        factors = np.append(profile.factors, last)
         shares = np.append(profile.shares, profile.shares[-1])
         line = plots.look(number) | {"linewidth": 2.5 if label == AUTO else 1.3}
-        axis.step(factors, shares, where="post", label=label, **line)
-    axis.set(xscale="log", xlabel="factor τ of the best cost", ylabel="share of studies",
-             ylim=(-0.02, 1.02))  # fmt: skip
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+        for axis in (near, whole):
+            axis.step(factors, shares, where="post", label=label, **line)
+    near.set(xlim=(0.98, _NEAR), ylim=(-0.02, 1.02), ylabel="share of studies")
+    whole.set(xscale="log")
+    for axis in (near, whole):
+        axis.set_xlabel("factor τ of the best cost")
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
@@ -392,7 +396,8 @@ def text_of(
     if found:
         lines += ["## Performance profile", "",
                   "The share of studies on which the cost (share of errors, loss or excess, mean "
-                  "over seeds) is within the factor τ of the smallest of these optimizers.", "",
+                  "over seeds) is within the factor τ of the smallest of these optimizers. The "
+                  "large factors are those of the excess.", "",
                   profile_table(found), "", "![profile](profile.png)", ""]  # fmt: skip
     lines += ["## Curves", "", "![curves](curves.png)", "",
               "## Times, and what is missing", "", times_table(studies), ""]  # fmt: skip

@@ -374,7 +374,7 @@ def record(study: Evidence) -> dict[str, object]:
 
 def text_of(
     studies: Sequence[Evidence], rows: Sequence[Mapping[str, object]], missing: Sequence[str],
-    found: Mapping[str, profiles.Profile],
+    found: Mapping[str, profiles.Profile], compared: Sequence[str],
 ) -> str:  # fmt: skip
     """The report, Markdown."""
     lines = [
@@ -397,7 +397,7 @@ def text_of(
         lines += ["## Performance profile", "",
                   "The share of studies on which the cost (share of errors, loss or excess, mean "
                   "over seeds) is within the factor τ of the smallest of these optimizers. The "
-                  "large factors are those of the excess.", "",
+                  f"large factors are those of the excess. Over {', '.join(compared)}.", "",
                   profile_table(found), "", "![profile](profile.png)", ""]  # fmt: skip
     lines += ["## Curves", "", "![curves](curves.png)", "",
               "## Times, and what is missing", "", times_table(studies), ""]  # fmt: skip
@@ -411,14 +411,14 @@ def write(folder: Path, names: Sequence[str], output: Path) -> None:
     if not studies:
         raise SystemExit(f"FOLDER = {folder} holds no finished study of {', '.join(names)}")
     rows = gap_rows(studies)
-    compared = [study for study in studies if study.results(*RATE_FREE)]
+    compared = [s for s in studies if all(group in s.groups for group in RATE_FREE)]
     labels = common_labels(compared) if compared else []
     found = profiles.performance_profiles(profile_costs(compared, labels)) if labels else {}
     output.mkdir(parents=True, exist_ok=True)
     results.write_csv(output / "gaps.csv", rows)
     results.write_json(output / "results.json", [record(study) for study in studies])
     missing = [name for name in names if name not in {study.name for study in studies}]
-    text = text_of(studies, rows, missing, found)
+    text = text_of(studies, rows, missing, found, [study.name for study in compared])
     (output / "report.md").write_text(text, encoding="utf-8")
     with mpl.rc_context(plots.STYLE):
         plots.save(curves_figure(studies), output / "curves.png")

@@ -44,7 +44,7 @@ def rule(
     rests: bool = True,
     spread: float = 0.05,
     relative: bool = True,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Adam's direction with steps in proportion to the spread of the path.
 
     Args:
@@ -111,18 +111,17 @@ def rule(
         steps = leafwise(step, mean, moment, spreads, counts)
         return steps, RuleState(t, centre, mean, moment, spreads)
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 def noise(beta_position: float, beta: float) -> float:
-    """c: the mean of D² under white noise, in units of (αs)²; here as the sum over its response.
+    """c: the mean of D² under white noise, in units of (αs)².
 
-    The path's distance from its mean is the noise filtered by h_k, k = 1, 2, …: of two poles, the
-    mean gradient's β and the mean position's, h_k = β_θ (1−β)(β_θᵏ − βᵏ)/(β_θ − β).
+    D answers a unit of noise by two decays one after the other, that of the mean gradient and that
+    of the mean position; c is the sum of the squares of this answer.
     """
-    a, b = beta_position, beta
-    factor = (a * (1 - b) / (a - b)) ** 2
-    return factor * (a**2 / (1 - a**2) + b**2 / (1 - b**2) - 2 * a * b / (1 - a * b))
+    poles = (1 - beta_position * beta) * (1 - beta_position**2) * (1 - beta**2)
+    return (beta_position * (1 - beta)) ** 2 * (1 + beta_position * beta) / poles
 
 
 def mean_position(state: Any, params: Any) -> Any:

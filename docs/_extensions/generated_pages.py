@@ -40,7 +40,8 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {  # of the API beside the methods
     "Around any optimizer": (
         "guard", "GuardState", "check_guard", "NonFiniteStepsError", "monitor", "MonitorState",
         "monitored", "MultiSteps", "MultiStepsState", "low_precision_state", "LowPrecisionState",
-        "across_devices", "on_subtree", "filter_extra", "l4", "scale_by_inverse_diag_covariance",
+        "across_devices", "on_subtree", "filter_extra", "l4", "mean_position",
+        "scale_by_inverse_diag_covariance",
     ),
     "What a state holds": (
         "diagnostics", "per_parameter", "state_to_dict", "state_from_dict", "SavedStateError",

@@ -126,4 +126,5 @@ def percent(value: float) -> str:
     """
     if math.isinf(value):
         return "diverged"
-    return f"{value:+.2f}" if abs(value) < 10 else f"{value:+.3g}"
+    text = f"{value:+.2f}" if abs(value) < 10 else f"{value:+.3g}"
+    return "+0.00" if text == "-0.00" else text

@@ -197,6 +197,33 @@ def test_nothing_moves_after_the_planned_end():
     np.testing.assert_array_equal(path[40:], np.broadcast_to(path[39], path[40:].shape))
 
 
+@pytest.mark.parametrize("form", ["mean", "displacement", "trusted"])
+def test_long_runs_stay_finite(form):
+    """A spread that falls to 0 after the planned end, or grows on a slope without end."""
+
+    def followed(slope, **options):
+        optimizer = optgrad.auto(position=form, **options)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(slope(params), state, params)
+            return (params + updates, state), None
+
+        params = jnp.ones(3)
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=10_000)[0]
+
+    for slope, options in ((lambda x: x, {"total_steps": 100}), (lambda x: -jnp.ones(3), {})):
+        params, state = followed(slope, **options)
+        assert jnp.isfinite(params).all()
+        assert (jnp.isfinite(state.spread) & (state.spread > 0)).all()
+
+
+def test_a_gradient_that_is_not_a_number_is_seen():
+    optimizer, params = optgrad.auto(), jnp.ones(2)
+    updates, _ = optimizer.update(jnp.array([1.0, jnp.nan]), optimizer.init(params), params)
+    np.testing.assert_array_equal(np.isnan(updates), [False, True])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

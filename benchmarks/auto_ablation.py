@@ -6,22 +6,19 @@ The rule is that of `auto_rule`, which at its defaults is auto. On the quick pro
 `auto_problems.py`; writes report.md and ablation.csv, anew after each problem.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import auto_problems
 import auto_rule
-import jax
 import numpy as np
-from auto_problems import QUICK, Difference, Quick
+from auto_problems import Difference, Quick, Row
 
-from optgrad.experiments import compilation, gaps, problems, report, results
+from optgrad.experiments import gaps, problems, report, results
 
 WHOLE = "auto"
 AVERAGED = "evaluated at the mean position"
-Row = dict[str, Any]
 
 
 def constant(value: float) -> Any:
@@ -50,19 +47,12 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 def measure(name: str, quick: Quick) -> list[Row]:
     """A row for each variant: the score, and how far it is behind that of the whole rule."""
     problem = quick.build()
-    kind = gaps.kind_of(problem.score)
     found = {variant: _result(variant, quick, problem) for variant in VARIANTS}
-    rows = []
-    for variant, result in found.items():
-        behind = auto_problems.difference(result, found[WHOLE], kind)
-        rows.append({
-            "problem": name, "variant": variant, "score": problem.score.name,
-            "final": float(f"{gaps.typical(result, kind):.6g}"),
-            "text": problem.score.text(gaps.typical(result, kind)),
-            "percent": round(behind.percent, 4), "error": round(behind.error, 4),
-            "seeds": quick.seeds,
-        })  # fmt: skip
-    return rows
+    return [
+        {"problem": name, "variant": variant}
+        | auto_problems.numbers(result, found[WHOLE], problem.score)
+        for variant, result in found.items()
+    ]
 
 
 def _result(variant: str, quick: Quick, problem: problems.Problem) -> gaps.Result:
@@ -132,26 +122,8 @@ def text_of(rows: Sequence[Row]) -> str:
 
 def write(rows: Sequence[Row], folder: Path) -> None:
     """Report and numbers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = [{k: v for k, v in row.items() if k != "text"} for row in rows]
-    results.write_csv(folder / "ablation.csv", kept)
-    (folder / "report.md").write_text(text_of(rows), encoding="utf-8")
-
-
-def main() -> None:
-    """Measures what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--problems", nargs="+", choices=QUICK, default=list(QUICK))
-    arguments = parser.parse_args()
-    compilation.cache_on_disk()
-    rows: list[Row] = []
-    for name in arguments.problems:
-        rows += measure(name, QUICK[name])
-        write(rows, arguments.output)
-        print(f"{name}: done", flush=True)
-        jax.clear_caches()
+    auto_problems.write(rows, text_of(rows), folder, "ablation.csv")
 
 
 if __name__ == "__main__":
-    main()
+    auto_problems.main(__doc__.splitlines()[0], measure, write)

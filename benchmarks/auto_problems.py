@@ -1,14 +1,28 @@
 """Quick problems on which `optgrad.auto` is taken apart, and how two of its forms are compared."""
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from optgrad.experiments import catalogue, data, engine, gaps, problems
+from optgrad.experiments import (
+    catalogue,
+    compilation,
+    data,
+    engine,
+    gaps,
+    problems,
+    results,
+    scores,
+)
 from optgrad.registry import Method
+
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +102,8 @@ def train(
     values = {name: np.array([row[name] for row in rows]) for name in settings[0]}
     seeds = np.tile(np.arange(quick.seeds), len(settings))
     history = trainer.train(engine.Runs(values, seeds), quick.steps)
-    scores = history.metrics[problem.score.name].reshape(len(settings), quick.seeds, -1)
-    return [gaps.Result("", run[:, 0].tolist(), run[:, -1].tolist()) for run in scores]
+    found = history.metrics[problem.score.name].reshape(len(settings), quick.seeds, -1)
+    return [gaps.Result("", run[:, 0].tolist(), run[:, -1].tolist()) for run in found]
 
 
 def difference(mine: gaps.Result, other: gaps.Result, kind: gaps.Kind) -> Difference:
@@ -115,6 +129,43 @@ def difference(mine: gaps.Result, other: gaps.Result, kind: gaps.Kind) -> Differ
     count = len(each)
     error = float(np.std(each, ddof=1)) / count**0.5 if count > 1 else math.nan
     return Difference(100 * float(np.mean(each)), 100 * error)
+
+
+def numbers(mine: gaps.Result, other: gaps.Result, score: scores.Score) -> Row:
+    """What a table has of a result, and how far it is behind another."""
+    kind = gaps.kind_of(score)
+    behind, final = difference(mine, other, kind), gaps.typical(mine, kind)
+    return {
+        "score": score.name, "final": float(f"{final:.6g}"), "text": score.text(final),
+        "percent": round(behind.percent, 4), "error": round(behind.error, 4),
+        "seeds": len(mine.finals),
+    }  # fmt: skip
+
+
+def write(rows: Sequence[Row], text: str, folder: Path, csv: str) -> None:
+    """The report and, but for their texts, the rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results.write_csv(folder / csv, [{k: v for k, v in r.items() if k != "text"} for r in rows])
+    (folder / "report.md").write_text(text, encoding="utf-8")
+
+
+def main(
+    description: str,
+    measure: Callable[[str, Quick], list[Row]],
+    write_all: Callable[[Sequence[Row], Path], None],
+) -> None:
+    """The command of a script that measures on these problems, and writes after each."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--problems", nargs="+", choices=QUICK, default=list(QUICK))
+    arguments = parser.parse_args()
+    compilation.cache_on_disk()
+    rows: list[Row] = []
+    for name in arguments.problems:
+        rows += measure(name, QUICK[name])
+        write_all(rows, arguments.output)
+        print(f"{name}: done", flush=True)
+        jax.clear_caches()
 
 
 def percent(value: float) -> str:

@@ -6,21 +6,19 @@ On the quick problems of `auto_problems.py`, each in one compiled program. Write
 sensitivity.csv and sensitivity.png, anew after each problem.
 """
 
-import argparse
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import auto_problems
-import jax
 import matplotlib as mpl
 import numpy as np
-from auto_problems import QUICK, Difference, Quick
+from auto_problems import Difference, Quick, Row
 from matplotlib.figure import Figure
 
 import optgrad
-from optgrad.experiments import compilation, gaps, plots, report, results
+from optgrad.experiments import plots, report, results
 
 FACTORS = tuple(float(x) for x in np.logspace(-1, 1, 7))
 # What is varied -> (argument of auto, whether it is 1 minus that, factors of its default).
@@ -33,7 +31,6 @@ CONSTANTS: Mapping[str, tuple[str, bool, Sequence[float]]] = {
     "1 − beta_variance": ("beta_variance", True, FACTORS),
 }
 ARGUMENTS = tuple(argument for argument, *_ in CONSTANTS.values())
-Row = dict[str, Any]
 
 
 def defaults() -> dict[str, float]:
@@ -64,19 +61,11 @@ def measure(name: str, quick: Quick) -> list[Row]:
     trained = auto_problems.train(quick, problem, method, list(settings.values()))
     found = dict(zip(settings, trained, strict=True))
     reference = found[tuple(defaults().values())]
-    kind = gaps.kind_of(problem.score)
-    rows = []
-    for constant, value, setting in points:
-        result = found[tuple(setting.values())]
-        behind = auto_problems.difference(result, reference, kind)
-        rows.append({
-            "problem": name, "constant": constant, "value": float(f"{value:.3g}"),
-            "score": problem.score.name, "final": float(f"{gaps.typical(result, kind):.6g}"),
-            "text": problem.score.text(gaps.typical(result, kind)),
-            "percent": round(behind.percent, 4), "error": round(behind.error, 4),
-            "seeds": quick.seeds,
-        })  # fmt: skip
-    return rows
+    return [
+        {"problem": name, "constant": constant, "value": float(f"{value:.3g}")}
+        | auto_problems.numbers(found[tuple(setting.values())], reference, problem.score)
+        for constant, value, setting in points
+    ]
 
 
 def difference_of(row: Row) -> Difference:
@@ -197,28 +186,10 @@ def text_of(rows: Sequence[Row]) -> str:
 
 def write(rows: Sequence[Row], folder: Path) -> None:
     """Report, numbers and picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = [{k: v for k, v in row.items() if k != "text"} for row in rows]
-    results.write_csv(folder / "sensitivity.csv", kept)
-    (folder / "report.md").write_text(text_of(rows), encoding="utf-8")
+    auto_problems.write(rows, text_of(rows), folder, "sensitivity.csv")
     with mpl.rc_context(plots.STYLE):
         plots.save(figure(rows), folder / "sensitivity.png")
 
 
-def main() -> None:
-    """Measures what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--problems", nargs="+", choices=QUICK, default=list(QUICK))
-    arguments = parser.parse_args()
-    compilation.cache_on_disk()
-    rows: list[Row] = []
-    for name in arguments.problems:
-        rows += measure(name, QUICK[name])
-        write(rows, arguments.output)
-        print(f"{name}: done", flush=True)
-        jax.clear_caches()
-
-
 if __name__ == "__main__":
-    main()
+    auto_problems.main(__doc__.splitlines()[0], measure, write)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from optgrad.core import averages, checks, diagnostics, transforms
+from optgrad.core import checks, diagnostics, transforms, trees
 from optgrad.registry import Method, Tunable, register
 
 
@@ -49,7 +49,7 @@ def _in_wide_types(
 
 
 def _widened(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.asarray(x, averages.average_dtype(x)), tree)
+    return jax.tree.map(trees.wide, tree)
 
 
 def prodigy(
@@ -229,13 +229,8 @@ def schedule_free_average(state: optax.OptState, params: optax.Params) -> optax.
     Raises:
       ValueError: if no such state is within ``state``.
     """
-    found = diagnostics.states_of(state, contrib.ScheduleFreeState)
-    if not found:
-        raise ValueError(
-            f"state = {type(state).__name__} holds none of schedule_free; accepted: a state of "
-            "schedule_free_adamw, or one that contains it"
-        )
-    return transforms.cast_like(contrib.schedule_free_eval_params(found[0], params), params)
+    found = diagnostics.state_of(state, contrib.ScheduleFreeState, "schedule_free_adamw")
+    return transforms.cast_like(contrib.schedule_free_eval_params(found, params), params)
 
 
 _FACTOR = Tunable("learning_rate", 1e-2, 1e2)

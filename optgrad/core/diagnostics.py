@@ -84,6 +84,26 @@ def states_of(state: Any, kind: type[_State]) -> list[_State]:
     return [x for x in leaves if isinstance(x, kind)]
 
 
+def state_of(state: Any, kind: type[_State], method: str) -> _State:
+    """The first state of a kind within a state.
+
+    Args:
+      state: any optimizer state.
+      kind: its type.
+      method: whose state it is, for the message.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    found = states_of(state, kind)
+    if not found:
+        raise ValueError(
+            f"state = {type(state).__name__} holds none of {method}; accepted: a state of "
+            f"{method}, or one that contains it"
+        )
+    return found[0]
+
+
 def _has(state: Any, name: str) -> bool:
     return callable(getattr(state, name, None))
 

@@ -230,18 +230,13 @@ def mean_position(state: Any, params: optax.Params, position: str = "mean") -> o
       [ 1. -2.]
     """
     checks.check_one_of("position", position, cw.FORMS)
-    found = diagnostics.states_of(state, AutoState)
-    if not found:
-        raise ValueError(
-            f"state = {type(state).__name__} holds none of auto; accepted: a state of auto, or one "
-            "that contains it"
-        )
-    return transforms.cast_like(cw.mean_position(params, found[0].position, position), params)
+    found = diagnostics.state_of(state, AutoState, "auto")
+    return transforms.cast_like(cw.mean_position(params, found.position, position), params)
 
 
 @jax.jit  # the same roundings whether or not it is called within another
 def _initial_spread(params: optax.Params, relative: chex.Numeric) -> chex.Array:
-    """S before the first step, shape (leaves,)."""
+    """The spread before the first step, shape (leaves,)."""
     (squares,) = trees.inner_products((params, params))
     numbers = np.array([max(trees.size(x), 1) for x in jax.tree.leaves(params)])
     each = jnp.sqrt(squares / numbers.astype(squares.dtype))
@@ -280,7 +275,7 @@ def _direction(mean: chex.Array, variance: chex.Array) -> chex.Array:
 def _spread(
     spread: chex.Array, deviations: optax.Params, grads: optax.Updates, decay: chex.Numeric
 ) -> chex.Array:
-    """S with one more sample, shape (leaves,); as before where no coordinate has a gradient."""
+    """The spread with one more sample, shape (leaves,); as it was where all gradients are 0."""
 
     def relative(x: chex.Array, g: chex.Array, s: chex.Array) -> chex.Array:
         return jnp.where(g == 0, 0.0, x / s.astype(x.dtype))  # s² may have no float

@@ -24,7 +24,9 @@ class RuleState(NamedTuple):
     mean_position: Any
     mean_gradient: Any
     second_moment: Any  # of the gradient about its mean, or about 0
-    spread: Any  # its leaves scalars, or arrays if each coordinate has its own
+    step_size: Any  # its leaves scalars, or arrays if each coordinate has its own; so are the next
+    square: Any  # P, of white noise, in units of the step size squared
+    product: Any  # C
 
 
 def growth(t: chex.Array, search: float = 100.0) -> chex.Array:
@@ -32,96 +34,145 @@ def growth(t: chex.Array, search: float = 100.0) -> chex.Array:
     return 1 + search / (t + search / 2)
 
 
-def rule(
+def rule(  # noqa: PLR0915  its parts are its ingredients
     *,
     pool: str = "tensor",
     kappa: Callable[[chex.Array], Any] = growth,
     beta: float = 0.9,
     beta_position: float = 0.99,
     beta_variance: float = 0.99,
-    beta_spread: float = 0.97,
+    adaptation: float = 0.02,
     central: bool = True,
-    rests: bool = True,
-    spread: float = 0.05,
+    weighted: bool = True,
+    measured: bool = True,
+    as_they_were: bool = False,
+    few: float = 10.0,
+    initial_step: float = 0.01,
     relative: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam's direction with steps in proportion to the spread of the path.
+    """Adam's direction with steps that grow while the path is wider than that of noise.
 
     Args:
-      pool: over what the spread is pooled, one of `POOLS`.
+      pool: what has a step size of its own, one of `POOLS`.
       kappa: step number -> κ.
       beta: decay of the mean gradient.
       beta_position: decay of the mean position.
       beta_variance: decay of the gradient's second moment.
-      beta_spread: decay of the spread's square.
+      adaptation: how fast the step size follows.
       central: whether that moment is about the mean gradient, whose square is then added.
-      rests: whether a coordinate whose gradient is 0 rests.
-      spread: before the first step.
-      relative: whether ``spread`` is in units of each tensor's root mean square.
+      weighted: whether coordinates count by the variance of their gradients, or all the same.
+      measured: whether P has the mean square of d as it is, or that of Gaussian noise.
+      as_they_were: whether P has the step sizes that the steps had, or the present one.
+      few: entries from which a tensor's own ratio counts more than that of all; 0: always.
+      initial_step: the step size before the first step.
+      relative: whether that is in units of each tensor's root mean square.
     """
 
     def init(params: Any) -> RuleState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
         leaves, structure = jax.tree.flatten(params)
-        overall = jnp.sqrt(sum(jnp.sum(x**2) for x in leaves) / sum(x.size for x in leaves))
-        overall = jnp.where(overall > 0, overall, 0.2)
+        sizes = jnp.stack([jnp.sqrt(jnp.mean(x**2)) for x in leaves])
+        numbers = jnp.array([x.size for x in leaves])
+        has_size = sizes > 1e-6 * jnp.sqrt(jnp.sum(numbers * sizes**2) / jnp.sum(numbers))
+        logs = jnp.log(jnp.where(has_size, sizes, 1.0))
+        typical = jnp.exp(jnp.sum(logs) / jnp.maximum(jnp.sum(has_size), 1))
+        typical = jnp.where(jnp.any(has_size), typical, 0.2)
+        if pool == "tree":
+            sizes = jnp.full_like(sizes, typical)
+        sizes = initial_step * jnp.where(has_size, sizes, typical)
+        if not relative:
+            sizes = jnp.full_like(sizes, initial_step)
+        each = [
+            jnp.full_like(x, size) if pool == "coordinate" else size
+            for x, size in zip(leaves, sizes, strict=True)
+        ]
+        step_size = jax.tree.unflatten(structure, each)
+        zeros, none = (jax.tree.map(jnp.zeros_like, tree) for tree in (params, step_size))
+        return RuleState(jnp.zeros((), jnp.int32), params, zeros, zeros, step_size, none, none)
 
-        def initial(x: chex.Array) -> chex.Array:
-            own = jnp.sqrt(jnp.mean(x**2))
-            size = overall if pool == "tree" else jnp.where(own > 1e-3 * overall, own, overall)
-            first = spread * size if relative else jnp.full_like(size, spread)
-            return jnp.full_like(x, first) if pool == "coordinate" else first
+    def direction(state: RuleState) -> Any:
+        """That of the last step."""
+        t = jnp.maximum(state.count, 1)
 
-        spreads = jax.tree.unflatten(structure, [initial(x) for x in leaves])
-        return RuleState(jnp.zeros((), jnp.int32), params, zeros, zeros, spreads)
-
-    def update(grads: Any, state: RuleState, params: Any = None) -> tuple[Any, RuleState]:
-        t = state.count + 1
-
-        def average(old: chex.Array, new: chex.Array, decay: float, counts: Any) -> chex.Array:
-            return jnp.where(counts, decay * old + (1 - decay) * new, old)
-
-        def leafwise(function: Callable[..., Any], *trees: Any) -> Any:
-            return jax.tree.map(function, *trees)
-
-        counts = leafwise(lambda g: (g != 0) | (not rests), grads)
-        centre = leafwise(
-            lambda x, p, n: average(x, p, beta_position, n), state.mean_position, params, counts
-        )
-        squares = leafwise(lambda p, x, n: jnp.where(n, (p - x) ** 2, 0.0), params, centre, counts)
-        pooled, known = _pooled(squares, counts, pool)
-        spreads = leafwise(
-            lambda s, d2, k: jnp.sqrt(average(s**2, d2, beta_spread, k & (t > 1))),
-            state.spread, pooled, known,
-        )  # fmt: skip
-        mean = leafwise(lambda m, g, n: average(m, g, beta, n), state.mean_gradient, grads, counts)
-        about = mean if central else leafwise(jnp.zeros_like, mean)
-        moment = leafwise(
-            lambda v, g, m, n: average(v, (g - m) ** 2, beta_variance, n),
-            state.second_moment, grads, about, counts,
-        )  # fmt: skip
-        alpha = jnp.sqrt(kappa(t) / noise(beta_position, beta))
-
-        def step(m: chex.Array, v: chex.Array, s: chex.Array, n: chex.Array) -> chex.Array:
+        def one(m: chex.Array, v: chex.Array) -> chex.Array:
             m, v = m / (1 - beta**t), v / (1 - beta_variance**t)
             square = v + m**2 if central else v
-            direction = jnp.where(square > 0, m / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-            return jnp.where(n, -alpha * s * direction, 0.0)
+            return jnp.where(square > 0, m / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
-        steps = leafwise(step, mean, moment, spreads, counts)
-        return steps, RuleState(t, centre, mean, moment, spreads)
+        return jax.tree.map(one, state.mean_gradient, state.second_moment)
+
+    def energies(state: RuleState) -> Any:
+        """The mean square of the last direction, over each pool."""
+        found = _mean(jax.tree.map(jnp.square, direction(state)), weights(state), pool)
+        gaussian = (1 - beta) / (1 + beta)
+        return found if measured else jax.tree.map(lambda x: jnp.full_like(x, gaussian), found)
+
+    def weights(state: RuleState) -> Any:
+        known = jnp.where(state.count > 0, 1.0, 0.0)
+        moment = state.second_moment
+        return moment if weighted else jax.tree.map(lambda v: known * jnp.ones_like(v), moment)
+
+    def sizes_and_noise(state: RuleState, params: Any, centre: Any) -> tuple[Any, Any, Any]:
+        """Step sizes, P and C."""
+        square, product = state.square, state.product
+        energy = energies(state)
+        noise_square = jax.tree.map(
+            lambda p, c, e: beta_position**2 * (p + 2 * c + e), square, product, energy
+        )
+        noise_product = jax.tree.map(lambda c, e: beta_position * beta * (c + e), product, energy)
+        squares = jax.tree.map(lambda p, x: (p - x) ** 2, params, centre)
+        widths = _mean(squares, weights(state), pool)
+        moves = jax.tree.map(
+            lambda e, p: e > 1e-3 * p / noise(beta_position, beta), energy, noise_square
+        )
+
+        def ratio(width: Any, size: Any, p: Any, counts: Any) -> Any:
+            return jnp.where(counts, width / size**2 / jnp.where(counts, p, 1), 1)
+
+        ratios = jax.tree.map(ratio, widths, state.step_size, noise_square, moves)
+        numbers = jax.tree.map(
+            lambda x, n: x.size // jnp.size(n) * jnp.where(n, 1.0, 0.0), params, moves
+        )
+        everything = sum(jnp.sum(n) for n in jax.tree.leaves(numbers))
+        products = jax.tree.map(lambda n, r: jnp.sum(n * r), numbers, ratios)
+        mean = sum(jax.tree.leaves(products)) / jnp.maximum(everything, 1)
+        speed = adaptation * everything / jnp.maximum(everything + few, 1)
+
+        def grown(size: Any, r: Any, n: Any, counts: Any) -> Any:
+            r = (n * r + few * mean) / jnp.maximum(n + few, 1)
+            r = jnp.minimum(kappa(state.count + 1) * r, 10.0)
+            return jnp.where(counts, size * jnp.exp(speed * (r - 1)), size)
+
+        sizes = jax.tree.map(grown, state.step_size, ratios, numbers, moves)
+        if as_they_were:
+            changes = jax.tree.map(lambda new, old: (new / old) ** 2, sizes, state.step_size)
+            noise_square = jax.tree.map(lambda p, c: p / c, noise_square, changes)
+            noise_product = jax.tree.map(lambda p, c: p / c, noise_product, changes)
+        return sizes, noise_square, noise_product
+
+    def update(grads: Any, state: RuleState, params: Any = None) -> tuple[Any, RuleState]:
+        def average(decay: float, old: Any, new: Any) -> Any:
+            return jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, old, new)
+
+        centre = average(beta_position, state.mean_position, params)
+        sizes, square, product = sizes_and_noise(state, params, centre)
+        mean = average(beta, state.mean_gradient, grads)
+        about = mean if central else jax.tree.map(jnp.zeros_like, mean)
+        squares = jax.tree.map(lambda g, m: (g - m) ** 2, grads, about)
+        moment = average(beta_variance, state.second_moment, squares)
+        state = RuleState(state.count + 1, centre, mean, moment, sizes, square, product)
+        return jax.tree.map(lambda d, s: -s * d, direction(state), sizes), state
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 def noise(beta_position: float, beta: float) -> float:
-    """c: the mean of D² under white noise, in units of (αs)².
+    """The mean of D² under white noise, in units of the mean square of the steps.
 
-    D answers a unit of noise by two decays one after the other, that of the mean gradient and that
-    of the mean position; c is the sum of the squares of this answer.
+    D answers a step by the decay of the mean position, and steps are correlated as β to the power
+    of their distance.
     """
-    poles = (1 - beta_position * beta) * (1 - beta_position**2) * (1 - beta**2)
-    return (beta_position * (1 - beta)) ** 2 * (1 + beta_position * beta) / poles
+    both = beta_position * beta
+    return beta_position**2 * (1 + both) / ((1 - both) * (1 - beta_position**2))
 
 
 def mean_position(state: Any, params: Any) -> Any:
@@ -139,22 +190,25 @@ def record(average: bool = False) -> Method:
     return Method(
         name="auto_rule", factory=rule, scale_by=None, family="benchmarks",
         title="auto, in parts", reference="optgrad", equation="as auto's",
-        static_args=("pool", "kappa", "central", "rests", "relative"),
+        static_args=(
+            "pool", "kappa", "central", "weighted", "measured", "as_they_were", "relative",
+        ),
         evaluation_params=mean_position if average else None,
     )  # fmt: skip
 
 
-def _pooled(squares: Any, counts: Any, pool: str) -> tuple[Any, Any]:
-    """The mean of the squares over a pool, and whether anything in it counts; for each leaf."""
+def _mean(values: Any, weights: Any, pool: str) -> Any:
+    """The weighted mean over each pool, for each leaf; 0 where nothing has a weight."""
     if pool == "coordinate":
-        return squares, counts
-    sums, numbers = (jax.tree.map(jnp.sum, tree) for tree in (squares, counts))
+        return jax.tree.map(lambda x, w: jnp.where(w > 0, x, 0), values, weights)
+    sums = jax.tree.map(lambda x, w: jnp.sum(w * x), values, weights)
+    totals = jax.tree.map(jnp.sum, weights)
     if pool == "tree":
+        sums, totals = _total(sums), _total(totals)
+    return jax.tree.map(lambda x, w: jnp.where(w > 0, x / jnp.where(w > 0, w, 1), 0), sums, totals)
 
-        def total(tree: Any) -> Any:
-            of_all = sum(jax.tree.leaves(tree))
-            return jax.tree.map(lambda _: of_all, tree)
 
-        sums, numbers = total(sums), total(numbers)
-    means = jax.tree.map(lambda x, n: x / jnp.maximum(n, 1), sums, numbers)
-    return means, jax.tree.map(lambda n: n > 0, numbers)
+def _total(tree: Any) -> Any:
+    """The sum of all leaves, in the place of each."""
+    total = sum(jax.tree.leaves(tree))
+    return jax.tree.map(lambda _: total, tree)

@@ -24,9 +24,9 @@ FACTORS = tuple(float(x) for x in np.logspace(-1, 1, 7))
 # What is varied -> (argument of auto, whether it is 1 minus that, factors of its default).
 CONSTANTS: Mapping[str, tuple[str, bool, Sequence[float]]] = {
     "search_steps": ("search_steps", False, FACTORS),
-    "initial_spread": ("initial_spread", False, FACTORS),
+    "initial_step": ("initial_step", False, FACTORS),
+    "adaptation": ("adaptation", False, FACTORS),
     "1 − beta_position": ("beta_position", True, FACTORS),
-    "1 − beta_spread": ("beta_spread", True, FACTORS),
     "1 − beta": ("beta", True, (*FACTORS[:-1], 9.0)),  # β is 0.1 at the last, not 0
     "1 − beta_variance": ("beta_variance", True, FACTORS),
 }

@@ -13,32 +13,43 @@ from optgrad.online_regression import coordinatewise as cw
 from optgrad.online_regression import parabola
 from optgrad.registry import Method, Tunable, register
 
-_SAME = 1e-3  # a tensor's size, relative to that of all, below which it counts as 0
+_SAME = 1e-6  # a tensor's size, relative to that of all, below which it counts as 0
 _OF_ZEROS = 0.2  # the size of parameters that are all 0
-_SPREADS = (1e-30, 1e18)  # beyond, s and its quotients would leave float32
-_PLANNED = 2.0  # κ of a run with an end, until it is annealed
-_ANNEALED = 0.5  # the last part of it, in which α falls linearly to 0
+_STEP_SIZES = (1e-30, 1e18)  # beyond, their quotients would leave float32
+_HEAVIEST = 1e20  # weight of a coordinate, so that sums of weights stay within float32
+_WIDEST = 10.0  # κρ has this limit; a straight path comes to about this
+_FEW = 10.0  # entries from which a tensor's own evidence counts more than that of all
+_AT_REST = 1e-3  # of the steps that the path remembers: what is below does not count as a step
+_PLANNED = 1.0  # κ of a run with an end is larger by this, until it is annealed
+_ANNEALED = 0.5  # the last part of such a run, in which the steps fall linearly to 0
+
+
+class Expected(NamedTuple):
+    """What the path would be if gradients were white noise; each of shape (leaves,)."""
+
+    square: chex.Array  # P, weighted mean of D², in units of the step size squared
+    product: chex.Array  # C, weighted mean of D·d, in units of the step size
 
 
 class AutoState(NamedTuple):
-    """Mean and spread of the gradients, mean of the positions, and how wide each path is."""
+    """Mean and variance of the gradients, mean of the positions, a step size for each tensor."""
 
     count: chex.Array  # t, number of updates, int32, shape ()
     position: cw.Position  # mean position, like the parameters; see `coordinatewise`
     mean_gradient: optax.Updates  # m, not bias-corrected, like the parameters
     gradient_variance: optax.Updates  # v ≥ 0, not bias-corrected, like the parameters
-    spread: chex.Array  # s > 0 of each leaf, shape (leaves,)
+    step_size: chex.Array  # η > 0 of each leaf, shape (leaves,)
+    expected: Expected
 
     def diagnostics(self) -> dict[str, chex.Array]:
-        """The spreads of the path, to which the steps are proportional.
+        """The step sizes.
 
         Returns:
-          ``spread_geomean``, ``spread_min``, ``spread_max``: of s over the tensors, in units of
+          ``step_size_geomean``, ``step_size_min``, ``step_size_max``: over the tensors, in units of
           the parameters; scalars, 0 without tensors.
         """
-        return {
-            f"spread_{name}": x for name, x in diagnostics.summarize(self.spread)._asdict().items()
-        }
+        sizes = diagnostics.summarize(self.step_size)
+        return {f"step_size_{name}": x for name, x in sizes._asdict().items()}
 
 
 def auto(
@@ -48,66 +59,71 @@ def auto(
     beta: float | optax.Schedule = 0.9,
     beta_variance: float | optax.Schedule = 0.99,
     beta_position: float | optax.Schedule = 0.99,
-    beta_spread: float | optax.Schedule = 0.97,
-    initial_spread: float = 0.05,
+    adaptation: float | optax.Schedule = 0.02,
+    initial_step: float = 0.01,
     search_steps: float | optax.Schedule = 100.0,
     position: str = "mean",
     state_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A default that needs no tuning: Adam's direction, and steps as long as the path is wide.
+    r"""A default that needs no tuning: Adam's direction, and steps that grow until the path turns.
 
     .. math::
       m &\leftarrow \beta m + (1-\beta)g, \quad
       v \leftarrow \beta' v + (1-\beta')(g-m)^2, \quad
-      d = \hat m/\sqrt{\hat v + \hat m^2} \\
+      d = \hat m/\sqrt{\hat v + \hat m^2} \
       \bar\theta &\leftarrow \beta_\theta\bar\theta + (1-\beta_\theta)\theta, \quad
       D = \theta - \bar\theta, \quad
-      s^2 \leftarrow \beta_s s^2 + (1-\beta_s)\,\overline{D^2} \\
-      \theta &\leftarrow \theta - \alpha_t s\,(d + \lambda\theta), \qquad
-      \alpha_t^2 = \frac{\kappa_t}{c}, \quad \kappa_t = 1 + \frac{\tau}{t + \tau/2}
+      \rho = \frac{\langle D^2\rangle}{\eta^2 P} \
+      \eta &\leftarrow \eta\,e^{a(\kappa_t\rho - 1)}, \qquad
+      \kappa_t = 1 + \frac{\tau}{t + \tau/2} \
+      \theta &\leftarrow \theta - \eta\,(d + \lambda\theta)
 
-    with the bias-corrected :math:`\hat m, \hat v`. D is the distance from the mean position, and s,
-    one number for each tensor, its root mean square: the σθ of `adaptive_sgd`, pooled. The constant
+    with the bias-corrected :math:`\hat m, \hat v`. Each tensor has a step size η of its own.
+    :math:`\langle x\rangle = \sum v x/\sum v` is a mean over its entries, weighted by the variance
+    of their gradients, with m, v and d as they were before the new gradient. P is what
+    :math:`\langle D^2\rangle` of steps η d would be if gradients were white noise:
 
-    .. math:: c = \frac{\beta_\theta^2(1-\beta)^2(1+\beta_\theta\beta)}
-       {(1-\beta_\theta\beta)(1-\beta_\theta^2)(1-\beta^2)}
+    .. math:: P \leftarrow \beta_\theta^2(P + 2C + \langle d^2\rangle), \quad
+       C \leftarrow \beta_\theta\beta(C + \langle d^2\rangle).
 
-    is the mean of :math:`D^2` in units of :math:`(\alpha s)^2` if gradients are white noise. So
-    with κ = 1 noise alone neither widens nor narrows the path (to 1 %, for Gaussian noise and
-    tensors of hundreds of entries). A gradient that keeps its sign widens it, and the steps grow
-    until it does not; one that turns back, as in a valley or around a minimum, narrows it, and the
-    more the longer the steps: around a noisy minimum they fall as 1/t, for some thousand steps at
-    least. This is annealing without a plan. It is the collapse criterion of σθ/σg, held at its
-    edge; the term τ/t lets the steps grow in the beginning.
+    So ρ is 1 if the path is as wide as noise would make it, and with κ = 1 noise alone would leave
+    η where it is. A gradient that keeps its sign makes the path wider, and the steps grow until it
+    does not; one that turns back, as in a valley or around a minimum, makes it narrower, and the
+    more the longer the steps: with κ − 1 = τ/t the balance is at steps that fall as 1/t. This is
+    annealing without a plan. It is the criterion of σθ/σg collapsing (α² ≤ 2(1−β)), turned into the
+    method; in evolution strategies the comparison of a path with that of random steps is known as
+    cumulative step-size adaptation.
+
+    Small tensors cannot tell drift from luck: ρ of n entries is drawn towards that of all N,
+    :math:`\bar\rho`, as :math:`(n\rho + 10\bar\rho)/(n + 10)`, and a is multiplied by
+    N/(N + 10). κρ is 10 at most.
 
     Nothing depends on the units of the loss or (without weight decay) of the parameters: a loss
     times 1000 gives the same steps, and parameters in other units the same path in these. Each
-    entry moves by :math:`\alpha_t s` at most, and by its weight decay.
+    entry moves by η at most, and by its weight decay.
 
-    It shines as a first choice: at these defaults it is within 1 % of the best tuned constant rate,
-    or ahead of it, on 12 of 14 studies (docs/research/auto.md), most clearly where noise asks for
-    annealing. It is behind what knows more: a decay that was tuned to the problem, momentum on
-    a quadratic without noise, and small rates for rare embedding rows. It fails where its path is
-    no measure: tensors of a few entries (scalars above all) lose their steps by the fluctuations of
-    s in runs of thousands of steps under noise; so do larger ones if noise has rare huge outliers
-    (put a clip before it) or changes its size all the time; rows that are seen once in hundreds of
-    steps hardly move; on a slope without end s grows e-fold in 16 steps. A run of a few dozen steps
-    ends before s is found. Do not put a factor or a schedule behind it in a chain: that changes κ
-    by its square.
+    It shines as a first choice, most clearly where noise asks for annealing; what was measured, and
+    where it is behind, is in docs/research/auto.md. It fails where a path is no measure: a run of a
+    few dozen steps ends before η is found; a scalar alone performs a random walk of its step size
+    under noise; noise without a variance (tails as heavy as those of Student's t with 1.5 degrees
+    of freedom) keeps the steps too long, unless a clip comes before it; on a slope without end η
+    grows without end. Do not put a factor or a schedule behind it in a chain: the path would be
+    measured against steps that were not made.
 
     Args:
-      total_steps: T ≥ 1, the length of the run if it is known. Then κ is larger by 1, so that steps
-        do not become shorter on their own, and α falls linearly to 0 in the second half; after T
-        nothing moves. None: no plan.
-      weight_decay: λ ≥ 0, decoupled and proportional to the step size α_t·s, as in AdamW.
+      total_steps: T ≥ 1, the length of the run if it is known. Then κ is larger by 1, so that
+        steps do not become shorter on their own; in the second half κ is 1, and the steps are
+        multiplied by a factor that falls linearly to 0, which P takes into account. After T nothing
+        moves. None: no plan.
+      weight_decay: λ ≥ 0, decoupled and proportional to the step size η, as in AdamW.
       beta: β in [0, 1), decay of the mean gradient.
       beta_variance: β' in (0, 1), decay of its variance.
       beta_position: β_θ in (0, 1), decay of the mean position; its window is what is asked for
         signs of drift or return.
-      beta_spread: β_s in (0, 1), decay of s².
-      initial_spread: s > 0 before the first step, relative to the root mean square of the tensor,
-        or where that is below 0.001 of that of all parameters to the latter, or where all are 0 to
-        0.2.
+      adaptation: a ≥ 0, how fast η follows. It should not be faster than that window.
+      initial_step: η > 0 before the first step, relative to the root mean square of the tensor, or
+        where that is below 1e-6 of that of all parameters to the geometric mean of the others', or
+        where all are 0 to 0.2.
       search_steps: τ ≥ 0, in steps.
       position: ``"mean"`` stores the mean position, ``"displacement"`` and ``"trusted"`` distances
         from it, as in `adaptive_sgd`; for parameters in 16 bits, whose steps may be lost in their
@@ -117,10 +133,9 @@ def auto(
 
     Returns:
       A `GradientTransformationExtraArgs` whose state holds three vectors of parameter size (with
-      ``position="displacement"`` four) and a number for each tensor. Its ``update`` needs the
-      parameters. A coordinate whose gradient is exactly 0 (an embedding row that the batch does not
-      have, a dead input) keeps its position and statistics and does not count in the mean of
-      :math:`D^2`. `mean_position` gives the mean position, an average of the iterates.
+      ``position="displacement"`` four) and three numbers for each tensor. Its ``update`` needs the
+      parameters. A tensor that has not moved for a while, since its gradients are 0, keeps its η.
+      `mean_position` gives the mean position, an average of the iterates.
 
     Raises:
       ValueError: if an argument is outside its range, or if ``update`` is not given the parameters.
@@ -138,20 +153,19 @@ def auto(
 
     References:
       optgrad's own, docs/research/auto.md; from J. Duda, "SGD momentum optimizer with step
-      estimation by online parabola model", 2019, Algorithm 8 (σθ/σg), D. P. Kingma and J. Ba,
-      "Adam", 2015, and I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", 2019.
+      estimation by online parabola model", 2019, Algorithm 8 (σθ/σg); D. P. Kingma and J. Ba,
+      "Adam", 2015; N. Hansen and A. Ostermeier, "Completely Derandomized Self-Adaptation in
+      Evolution Strategies", 2001, equation (16) (step size from a path's length); and
+      I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", 2019.
     """
     if total_steps is not None:
         checks.check_in_range("total_steps", total_steps, 1, high_open=True)
     checks.check_in_range("weight_decay", weight_decay, 0.0, high_open=True)
     checks.check_in_range("beta", beta, 0.0, 1.0, high_open=True)
-    for name, decay in (
-        ("beta_variance", beta_variance),
-        ("beta_position", beta_position),
-        ("beta_spread", beta_spread),
-    ):
+    for name, decay in (("beta_variance", beta_variance), ("beta_position", beta_position)):
         checks.check_in_range(name, decay, 0.0, 1.0, low_open=True, high_open=True)
-    checks.check_in_range("initial_spread", initial_spread, 0.0, low_open=True, high_open=True)
+    checks.check_in_range("adaptation", adaptation, 0.0, high_open=True)
+    checks.check_in_range("initial_step", initial_step, 0.0, low_open=True, high_open=True)
     checks.check_in_range("search_steps", search_steps, 0.0, high_open=True)
     checks.check_one_of("position", position, cw.FORMS)
     checks.check_float_dtype("state_dtype", state_dtype)
@@ -159,12 +173,14 @@ def auto(
 
     def init(params: optax.Params) -> AutoState:
         count = jnp.zeros((), jnp.int32)
+        size = _initial_step_size(params, at(initial_step, count))
         return AutoState(
             count=count,
             position=cw.init_position(params, position, state_dtype),
             mean_gradient=averages.zeros_like_average(params, state_dtype),
             gradient_variance=averages.zeros_like_average(params, state_dtype),
-            spread=_initial_spread(params, at(initial_spread, count)),
+            step_size=size,
+            expected=Expected(jnp.zeros_like(size), jnp.zeros_like(size)),
         )
 
     def update(
@@ -175,23 +191,34 @@ def auto(
     ) -> tuple[optax.Updates, AutoState]:
         del extra
         params = transforms.require_params(params)
-        values = (beta, beta_variance, beta_position, beta_spread, weight_decay)
-        decay, decay_v, decay_x, decay_s, shrinking = (at(x, state.count) for x in values)
+        values = (beta, beta_variance, beta_position, adaptation, search_steps, weight_decay)
+        decay, decay_v, decay_x, speed, search, shrinking = (at(x, state.count) for x in values)
+        end = at(total_steps, state.count)
         count = optax.safe_increment(state.count)
-        total = averages.sample_weights(count, decay).total
-        total_v = averages.sample_weights(count, decay_v).total
-        gain = _gain(count, *(at(x, state.count) for x in (search_steps, total_steps)))
-        deviations = cw.deviations(updates, params, state.position, beta=decay_x, form=position)
-        spread = _spread(state.spread, deviations, updates, decay_s)
-        spread = jnp.where(state.count > 0, spread, state.spread)  # nothing has moved yet
-        length = jnp.sqrt(gain / _noise(decay_x, decay)) * spread
+        before, part = _planned(state.count, end), _planned(count, end)
+
+        deviations = cw.deviations(params, state.position, beta=decay_x, form=position)
+        path = _path(state, deviations, decay, decay_v)
+        expected = _expected(state.expected, path.energy, before, decay_x, decay)
+        moves = before**2 * path.energy > _AT_REST * expected.square / _noise(decay_x, decay)
+        ratio = jnp.where(moves, path.square / jnp.where(moves, expected.square, 1.0), 1.0)
+        ratio, trust = _pooled(ratio, jnp.where(moves, _numbers(params), 0))
+        gain = 1 + _search(count, search)
+        if end is not None:
+            gain = jnp.where(part < 1, 1.0, gain + _PLANNED)
+        growth = jnp.exp(speed * trust * (jnp.minimum(gain * ratio, _WIDEST) - 1))
+        size = jnp.where(moves, state.step_size * growth, state.step_size)
+        size = jnp.clip(size, *_STEP_SIZES)
+        lengths = leafwise.computed_once(part * size)
+        total, total_v = _totals(count, decay, decay_v)
 
         def rule(
             sample: cw.Sample, mean: chex.Array, v: chex.Array, theta: chex.Array, step: chex.Array
         ) -> tuple[chex.Array, ...]:
-            mean = sample.mean_gradient(mean, decay)
+            fresh = trees.ordered_after(jnp.asarray(1 - decay, mean.dtype), step)  # reads m and v
+            mean = mean + fresh * (sample.gradient - mean)
             v = sample.moment(v, jnp.square(sample.gradient - mean), decay_v, 1 - decay_v)
-            direction = _direction(mean / total.astype(mean.dtype), v / total_v.astype(v.dtype))
+            direction = _direction(mean, v, total, total_v)
             if not (isinstance(shrinking, float | int) and shrinking == 0):
                 direction += jnp.asarray(shrinking, theta.dtype) * theta
             return -step * direction, mean, v
@@ -199,9 +226,10 @@ def auto(
         vectors = (state.mean_gradient, state.gradient_variance)
         steps, moved, vectors = cw.update_coordinates(
             rule, updates, params, state.position, vectors,
-            beta=decay_x, form=position, skip=True, given=(params, trees.spread(length, params)),
+            beta=decay_x, form=position, skip=False,
+            given=(params, trees.spread(lengths, params)),
         )  # fmt: skip
-        return steps, AutoState(count, moved, *vectors, spread)
+        return steps, AutoState(count, moved, *vectors, size, expected)
 
     return transforms.transformation(init, update)
 
@@ -211,7 +239,7 @@ def mean_position(state: Any, params: optax.Params, position: str = "mean") -> o
 
     What others keep beside the parameters, to evaluate or deploy it where gradients are noisy, is
     in this state anyway. It contains the start with the weight β_θᵗ, and the last update from the
-    next step on. A coordinate that rests (its gradient is 0) averages in its own time.
+    next step on.
 
     Args:
       state: the state of `auto`, alone or within any other (a chain's, a guard's, …).
@@ -234,57 +262,106 @@ def mean_position(state: Any, params: optax.Params, position: str = "mean") -> o
     return transforms.cast_like(cw.mean_position(params, found.position, position), params)
 
 
-@jax.jit  # the same roundings whether or not it is called within another
-def _initial_spread(params: optax.Params, relative: chex.Numeric) -> chex.Array:
-    """The spread before the first step, shape (leaves,)."""
-    (squares,) = trees.inner_products((params, params))
-    numbers = np.array([max(trees.size(x), 1) for x in jax.tree.leaves(params)])
-    each = jnp.sqrt(squares / numbers.astype(squares.dtype))
-    of_all = jnp.sqrt(jnp.sum(squares) / max(numbers.sum(), 1))
-    of_all = jnp.where((of_all > 0) & jnp.isfinite(of_all), of_all, _OF_ZEROS)
-    has_size = (each > _SAME * of_all) & jnp.isfinite(each)
-    return jnp.asarray(relative, squares.dtype) * jnp.where(has_size, each, of_all)
+def _numbers(params: optax.Params) -> chex.Array:
+    """How many entries each tensor has, on all devices; shape (leaves,)."""
+    numbers = [max(trees.size(x), 1) for x in jax.tree.leaves(params)]
+    return jnp.array(numbers, averages.scalar_dtype())
 
 
 def _noise(decay_x: chex.Numeric, decay: chex.Numeric) -> chex.Numeric:
-    """c: what white noise makes of the mean of D², in units of (αs)²."""
+    """P of steps of constant energy, in units of that: the end of its recursion."""
     both = decay_x * decay
-    poles = (1 - both) * (1 - decay_x**2) * (1 - decay**2)
-    return (decay_x * (1 - decay)) ** 2 * (1 + both) / poles
+    return decay_x**2 * (1 + both) / ((1 - both) * (1 - decay_x**2))
 
 
-def _gain(
-    count: chex.Array, search_steps: chex.Numeric, total_steps: chex.Numeric | None
-) -> chex.Array:
-    """κ, by which noise widens the path in 1/(1 − β_s) steps."""
+@jax.jit  # the same roundings whether or not it is called within another
+def _initial_step_size(params: optax.Params, relative: chex.Numeric) -> chex.Array:
+    """The step size before the first step, shape (leaves,)."""
+    (squares,) = trees.inner_products((params, params))
+    numbers = _numbers(params)
+    each = jnp.sqrt(squares / numbers)
+    of_all = jnp.sqrt(jnp.sum(squares) / jnp.maximum(jnp.sum(numbers), 1.0))
+    has_size = (each > _SAME * of_all) & jnp.isfinite(each)
+    logs = jnp.sum(jnp.where(has_size, jnp.log(jnp.where(has_size, each, 1.0)), 0.0))
+    typical = jnp.exp(logs / jnp.maximum(jnp.sum(has_size), 1))
+    typical = jnp.where(jnp.any(has_size), typical, _OF_ZEROS)
+    return jnp.asarray(relative, squares.dtype) * jnp.where(has_size, each, typical)
+
+
+def _search(count: chex.Array, steps: chex.Numeric) -> chex.Array:
+    """κ − 1: τ/(t + τ/2)."""
+    return steps / (count.astype(averages.scalar_dtype()) + steps / 2)
+
+
+def _planned(count: chex.Array, total: chex.Numeric | None) -> chex.Numeric:
+    """What the length of step ``count`` is multiplied by, for the sake of a planned end."""
+    if total is None:
+        return 1.0
     t = count.astype(averages.scalar_dtype())
-    search = search_steps / (t + search_steps / 2)
-    if total_steps is None:
-        return 1 + search
-    left = jnp.clip((total_steps + 1 - t) / (_ANNEALED * total_steps), 0.0, 1.0)
-    return (_PLANNED + search) * jnp.square(left)
+    return jnp.clip((total + 1 - t) / (_ANNEALED * total), 0.0, 1.0)
 
 
-def _direction(mean: chex.Array, variance: chex.Array) -> chex.Array:
+def _direction(
+    mean: chex.Array, variance: chex.Array, total: chex.Array, total_v: chex.Array
+) -> chex.Array:
     """m̂/√(v̂ + m̂²), in [−1, 1]; 0 where the denominator vanishes."""
+    mean, variance = mean / total.astype(mean.dtype), variance / total_v.astype(variance.dtype)
     square = variance + jnp.square(mean)
     vanishes = square <= np.finfo(square.dtype).tiny  # NaN does not: it must be seen
     return jnp.where(vanishes, 0.0, mean / jnp.sqrt(jnp.where(vanishes, 1.0, square)))
 
 
-def _spread(
-    spread: chex.Array, deviations: optax.Params, grads: optax.Updates, decay: chex.Numeric
-) -> chex.Array:
-    """The spread with one more sample, shape (leaves,); as it was where all gradients are 0."""
+def _totals(count: chex.Array, *decays: chex.Numeric) -> tuple[chex.Array, ...]:
+    """1 − βᵗ of each decay."""
+    return leafwise.computed_once(
+        tuple(averages.sample_weights(count, decay).total for decay in decays)
+    )
 
-    def relative(x: chex.Array, g: chex.Array, s: chex.Array) -> chex.Array:
-        return jnp.where(g == 0, 0.0, x / s.astype(x.dtype))  # s² may have no float
 
-    ratios = leafwise.tree_map(relative, deviations, grads, trees.spread(spread, grads))
-    moving = leafwise.tree_map(lambda g: (g != 0).astype(averages.average_dtype(g)), grads)
-    squares, number = trees.inner_products((ratios, ratios), (moving, moving))
-    mean = jnp.where(number > 0, squares / jnp.maximum(number, 1.0), 1.0)
-    return jnp.clip(spread * jnp.sqrt(decay + (1 - decay) * mean), *_SPREADS)
+class _Path(NamedTuple):
+    """What the path was; each of shape (leaves,), 0 where no entry has a weight."""
+
+    square: chex.Array  # ⟨D²⟩/η²
+    energy: chex.Array  # ⟨d²⟩ of the last step
+
+
+def _path(
+    state: AutoState, deviations: optax.Params, decay: chex.Numeric, decay_v: chex.Numeric
+) -> _Path:
+    """The weighted means over each tensor, in one pass over it."""
+    total, total_v = _totals(jnp.maximum(state.count, 1), decay, decay_v)  # all is 0 before
+
+    def factors(
+        deviation: chex.Array, mean: chex.Array, v: chex.Array, size: chex.Array
+    ) -> tuple[chex.Array, ...]:
+        mean, v = trees.wide(mean), trees.wide(v)
+        weight = jnp.minimum(v, _HEAVIEST)
+        relative, step = deviation / size.astype(v.dtype), _direction(mean, v, total, total_v)
+        return weight * relative, relative, weight * step, step, weight, jnp.ones_like(weight)
+
+    sizes = trees.spread(state.step_size, deviations)
+    found = trees.map_several(
+        6, factors, deviations, state.mean_gradient, state.gradient_variance, sizes
+    )
+    square, energy, weight = trees.inner_products(found[:2], found[2:4], found[4:])
+    weight = jnp.where(weight == 0, 1.0, weight)  # then the sums are 0, too
+    return _Path(square / weight, energy / weight)
+
+
+def _expected(
+    expected: Expected, energy: chex.Array, part: chex.Numeric, decay_x: Any, decay: Any
+) -> Expected:
+    """P and C with the last step, which was ``part``·η·d."""
+    step = part * energy
+    square = decay_x**2 * (expected.square + part * (2 * expected.product + step))
+    return Expected(square, decay_x * decay * (expected.product + step))
+
+
+def _pooled(ratio: chex.Array, numbers: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """ρ of each tensor, drawn towards that of all, and what all together are to be trusted."""
+    everything = jnp.sum(numbers)
+    of_all = jnp.sum(numbers * ratio) / jnp.maximum(everything, 1.0)
+    return (numbers * ratio + _FEW * of_all) / (numbers + _FEW), everything / (everything + _FEW)
 
 
 register(
@@ -295,7 +372,7 @@ register(
         family="online_regression",
         title="Auto: a default without a learning rate",
         reference=f"optgrad; σθ/σg of {parabola.REFERENCE}",
-        equation="θ ← θ − α s m̂/√(v̂ + m̂²), s² ← β_s s² + (1−β_s)·mean (θ−θ̄)² of each tensor",
+        equation="θ ← θ − η m̂/√(v̂ + m̂²), η ← η·exp(a(κρ − 1)), ρ = ⟨(θ−θ̄)²⟩/noise of each tensor",
         needs=frozenset({"params"}),
         static_args=("position", "state_dtype"),
         tunes=Tunable("search_steps", 1e0, 1e4),

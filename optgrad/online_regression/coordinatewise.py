@@ -155,23 +155,23 @@ def update_coordinates(
 
 
 def deviations(
-    grads: optax.Updates, params: optax.Params, position: Position, *, beta: chex.Numeric, form: str
+    params: optax.Params, position: Position, *, beta: chex.Numeric, form: str
 ) -> optax.Params:
-    """θ − m of the coordinates that have a gradient, as `update_coordinates` is going to find it.
+    """θ − m as `update_coordinates` is going to find it, if no coordinate is skipped.
 
     Trees like the parameters, in at least float32, for what has to be known before the step.
     """
 
-    def one(g: chex.Array, theta: chex.Array, stored: chex.Array, *rest: chex.Array) -> chex.Array:
+    def one(theta: chex.Array, stored: chex.Array, *rest: chex.Array) -> chex.Array:
         dtype = averages.average_dtype(theta)
         none = jnp.zeros((), dtype)
-        sample = Sample(g.astype(dtype), none, none, skip=True)
+        sample = Sample(none, none, none, skip=False)
         before = rest[0] if rest else None
         theta, stored = theta.astype(dtype), stored.astype(averages.widest_dtype(stored, theta))
         return _located(form, sample, stored, before, theta, beta)[0].deviation
 
     before = () if position.previous is None else (position.previous,)
-    return leafwise.tree_map(one, grads, params, position.stored, *before)
+    return leafwise.tree_map(one, params, position.stored, *before)
 
 
 def mean_position(params: optax.Params, position: Position, form: str) -> optax.Params:

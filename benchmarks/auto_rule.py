@@ -27,6 +27,7 @@ class RuleState(NamedTuple):
     step_size: Any  # its leaves scalars, or arrays if each coordinate has its own; so are the next
     square: Any  # P, of white noise, in units of the step size squared
     product: Any  # C
+    scale: Any  # S, the mean square of the gradients
 
 
 def growth(t: chex.Array, search: float = 100.0) -> chex.Array:
@@ -47,6 +48,8 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
     measured: bool = True,
     as_they_were: bool = False,
     few: float = 10.0,
+    effective: bool = True,
+    fading: bool = True,
     initial_step: float = 0.01,
     relative: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -64,6 +67,8 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
       measured: whether P has the mean square of d as it is, or that of Gaussian noise.
       as_they_were: whether P has the step sizes that the steps had, or the present one.
       few: entries from which a tensor's own ratio counts more than that of all; 0: always.
+      effective: whether entries are counted by their weights.
+      fading: whether C takes into account that directions outlast gradients that become smaller.
       initial_step: the step size before the first step.
       relative: whether that is in units of each tensor's root mean square.
     """
@@ -87,18 +92,27 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
         ]
         step_size = jax.tree.unflatten(structure, each)
         zeros, none = (jax.tree.map(jnp.zeros_like, tree) for tree in (params, step_size))
-        return RuleState(jnp.zeros((), jnp.int32), params, zeros, zeros, step_size, none, none)
+        return RuleState(
+            jnp.zeros((), jnp.int32), params, zeros, zeros, step_size, none, none, none
+        )
 
-    def direction(state: RuleState) -> Any:
-        """That of the last step."""
+    def mean_squares(state: RuleState) -> Any:
+        """v̂ + m̂² of the last step."""
         t = jnp.maximum(state.count, 1)
 
         def one(m: chex.Array, v: chex.Array) -> chex.Array:
-            m, v = m / (1 - beta**t), v / (1 - beta_variance**t)
-            square = v + m**2 if central else v
-            return jnp.where(square > 0, m / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+            square = v / (1 - beta_variance**t)
+            return square + (m / (1 - beta**t)) ** 2 if central else square
 
         return jax.tree.map(one, state.mean_gradient, state.second_moment)
+
+    def direction(state: RuleState) -> Any:
+        """That of the last step."""
+        bias = 1 - beta ** jnp.maximum(state.count, 1)
+        return jax.tree.map(
+            lambda m, s: jnp.where(s > 0, m / bias / jnp.sqrt(jnp.where(s > 0, s, 1)), 0),
+            state.mean_gradient, mean_squares(state),
+        )  # fmt: skip
 
     def energies(state: RuleState) -> Any:
         """The mean square of the last direction, over each pool."""
@@ -111,14 +125,19 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
         moment = state.second_moment
         return moment if weighted else jax.tree.map(lambda v: known * jnp.ones_like(v), moment)
 
-    def sizes_and_noise(state: RuleState, params: Any, centre: Any) -> tuple[Any, Any, Any]:
-        """Step sizes, P and C."""
+    def sizes_and_noise(state: RuleState, params: Any, centre: Any) -> tuple[Any, Any, Any, Any]:
+        """Step sizes, P, C and S."""
         square, product = state.square, state.product
         energy = energies(state)
         noise_square = jax.tree.map(
             lambda p, c, e: beta_position**2 * (p + 2 * c + e), square, product, energy
         )
-        noise_product = jax.tree.map(lambda c, e: beta_position * beta * (c + e), product, energy)
+        same = jax.tree.map(jnp.ones_like, state.second_moment)
+        scale = _mean(mean_squares(state), same, pool)
+        noise_product = jax.tree.map(
+            lambda c, e, old, new: beta_position * beta * faded(old, new) * (c + e),
+            product, energy, state.scale, scale,
+        )  # fmt: skip
         squares = jax.tree.map(lambda p, x: (p - x) ** 2, params, centre)
         widths = _mean(squares, weights(state), pool)
         moves = jax.tree.map(
@@ -126,12 +145,11 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
         )
 
         def ratio(width: Any, size: Any, p: Any, counts: Any) -> Any:
-            return jnp.where(counts, width / size**2 / jnp.where(counts, p, 1), 1)
+            found = jnp.where(counts, width / size**2 / jnp.where(counts, p, 1), 1)
+            return jnp.minimum(found, 10.0)
 
         ratios = jax.tree.map(ratio, widths, state.step_size, noise_square, moves)
-        numbers = jax.tree.map(
-            lambda x, n: x.size // jnp.size(n) * jnp.where(n, 1.0, 0.0), params, moves
-        )
+        numbers = jax.tree.map(entries, weights(state), moves)
         everything = sum(jnp.sum(n) for n in jax.tree.leaves(numbers))
         products = jax.tree.map(lambda n, r: jnp.sum(n * r), numbers, ratios)
         mean = sum(jax.tree.leaves(products)) / jnp.maximum(everything, 1)
@@ -147,20 +165,33 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
             changes = jax.tree.map(lambda new, old: (new / old) ** 2, sizes, state.step_size)
             noise_square = jax.tree.map(lambda p, c: p / c, noise_square, changes)
             noise_product = jax.tree.map(lambda p, c: p / c, noise_product, changes)
-        return sizes, noise_square, noise_product
+        return sizes, noise_square, noise_product, scale
+
+    def faded(old: Any, new: Any) -> Any:
+        known = (old > 0) & (new > 0) & fading
+        return jnp.sqrt(jnp.where(known, old, 1.0) / jnp.where(known, new, 1.0))
+
+    def entries(weight: chex.Array, moves: Any) -> Any:
+        """How many entries the means of a leaf are of, 0 where it rests."""
+        if pool == "coordinate":
+            return jnp.where(moves, 1.0, 0.0)
+        squares = jnp.sum(weight**2)
+        known = moves & (squares > 0)
+        number = jnp.sum(weight) ** 2 / jnp.where(known, squares, 1.0)
+        return jnp.where(known, number if effective else float(weight.size), 0.0)
 
     def update(grads: Any, state: RuleState, params: Any = None) -> tuple[Any, RuleState]:
         def average(decay: float, old: Any, new: Any) -> Any:
             return jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, old, new)
 
         centre = average(beta_position, state.mean_position, params)
-        sizes, square, product = sizes_and_noise(state, params, centre)
+        found = sizes_and_noise(state, params, centre)
         mean = average(beta, state.mean_gradient, grads)
         about = mean if central else jax.tree.map(jnp.zeros_like, mean)
         squares = jax.tree.map(lambda g, m: (g - m) ** 2, grads, about)
         moment = average(beta_variance, state.second_moment, squares)
-        state = RuleState(state.count + 1, centre, mean, moment, sizes, square, product)
-        return jax.tree.map(lambda d, s: -s * d, direction(state), sizes), state
+        state = RuleState(state.count + 1, centre, mean, moment, *found)
+        return jax.tree.map(lambda d, s: -s * d, direction(state), state.step_size), state
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
@@ -191,7 +222,8 @@ def record(average: bool = False) -> Method:
         name="auto_rule", factory=rule, scale_by=None, family="benchmarks",
         title="auto, in parts", reference="optgrad", equation="as auto's",
         static_args=(
-            "pool", "kappa", "central", "weighted", "measured", "as_they_were", "relative",
+            "pool", "kappa", "central", "weighted", "measured", "as_they_were", "effective",
+            "fading", "relative",
         ),
         evaluation_params=mean_position if average else None,
     )  # fmt: skip

@@ -16,11 +16,11 @@ from optgrad.registry import Method, Tunable, register
 _SAME = 1e-6  # a tensor's size, relative to that of all, below which it counts as 0
 _OF_ZEROS = 0.2  # the size of parameters that are all 0
 _STEP_SIZES = (1e-30, 1e18)  # beyond, their quotients would leave float32
-_HEAVIEST = 1e20  # weight of a coordinate, so that sums of weights stay within float32
-_WIDEST = 10.0  # κρ has this limit; a straight path comes to about this
+_HEAVIEST = 1e12  # weight of an entry, so that sums of squared weights stay within float32
+_WIDEST = 10.0  # ρ has this limit; a straight path comes to about this
 _FEW = 10.0  # entries from which a tensor's own evidence counts more than that of all
 _AT_REST = 1e-3  # of the steps that the path remembers: what is below does not count as a step
-_PLANNED = 1.0  # κ of a run with an end is larger by this, until it is annealed
+_PLANNED = 1.0  # κ of a run with an end is larger by this where η would fall, until it is annealed
 _ANNEALED = 0.5  # the last part of such a run, in which the steps fall linearly to 0
 
 
@@ -29,6 +29,7 @@ class Expected(NamedTuple):
 
     square: chex.Array  # P, weighted mean of D², in units of the step size squared
     product: chex.Array  # C, weighted mean of D·d, in units of the step size
+    scale: chex.Array  # S, mean of v̂ + m̂²; 0 before there is a gradient
 
 
 class AutoState(NamedTuple):
@@ -70,12 +71,12 @@ def auto(
     .. math::
       m &\leftarrow \beta m + (1-\beta)g, \quad
       v \leftarrow \beta' v + (1-\beta')(g-m)^2, \quad
-      d = \hat m/\sqrt{\hat v + \hat m^2} \
+      d = \hat m/\sqrt{\hat v + \hat m^2} \\
       \bar\theta &\leftarrow \beta_\theta\bar\theta + (1-\beta_\theta)\theta, \quad
       D = \theta - \bar\theta, \quad
-      \rho = \frac{\langle D^2\rangle}{\eta^2 P} \
+      \rho = \frac{\langle D^2\rangle}{\eta^2 P} \\
       \eta &\leftarrow \eta\,e^{a(\kappa_t\rho - 1)}, \qquad
-      \kappa_t = 1 + \frac{\tau}{t + \tau/2} \
+      \kappa_t = 1 + \frac{\tau}{t + \tau/2} \\
       \theta &\leftarrow \theta - \eta\,(d + \lambda\theta)
 
     with the bias-corrected :math:`\hat m, \hat v`. Each tensor has a step size η of its own.
@@ -84,19 +85,24 @@ def auto(
     :math:`\langle D^2\rangle` of steps η d would be if gradients were white noise:
 
     .. math:: P \leftarrow \beta_\theta^2(P + 2C + \langle d^2\rangle), \quad
-       C \leftarrow \beta_\theta\beta(C + \langle d^2\rangle).
+       C \leftarrow \beta_\theta\beta\sqrt{S_{old}/S}\,(C + \langle d^2\rangle),
 
-    So ρ is 1 if the path is as wide as noise would make it, and with κ = 1 noise alone would leave
-    η where it is. A gradient that keeps its sign makes the path wider, and the steps grow until it
-    does not; one that turns back, as in a valley or around a minimum, makes it narrower, and the
-    more the longer the steps: with κ − 1 = τ/t the balance is at steps that fall as 1/t. This is
-    annealing without a plan. It is the criterion of σθ/σg collapsing (α² ≤ 2(1−β)), turned into the
-    method; in evolution strategies the comparison of a path with that of random steps is known as
-    cumulative step-size adaptation.
+    the root, with S the mean of :math:`\hat v + \hat m^2`, because directions outlast a gradient
+    whose size has fallen.
 
-    Small tensors cannot tell drift from luck: ρ of n entries is drawn towards that of all N,
-    :math:`\bar\rho`, as :math:`(n\rho + 10\bar\rho)/(n + 10)`, and a is multiplied by
-    N/(N + 10). κρ is 10 at most.
+    So ρ is 1 if the path is as wide as noise would make it, and with κ = 1 noise alone leaves η
+    where it is, but for a random walk (see below). A gradient that keeps its sign makes the path
+    wider, and the steps grow until it does not; one that turns back, as in a valley or around a
+    minimum, makes it narrower, and the more the longer the steps: with κ − 1 = τ/t the balance is
+    at steps that fall as 1/t. This is annealing without a plan. It is the criterion of σθ/σg
+    collapsing (α² ≤ 2(1−β)), turned into the method; in evolution strategies the comparison of a
+    path with that of random steps is known as cumulative step-size adaptation.
+
+    Small tensors cannot tell drift from luck. With :math:`n = (\sum v)^2/\sum v^2`, a tensor's
+    entries as far as they count, and N the sum of all n, ρ is drawn towards the mean of all,
+    :math:`(n\rho + 10\bar\rho)/(n + 10)`, and a multiplied by N/(N + 10). ρ and κρ are 10 at most.
+    A tensor whose :math:`\langle d^2\rangle` is less than a thousandth of what P remembers is at
+    rest: it keeps its η, and counts for nothing.
 
     Nothing depends on the units of the loss or (without weight decay) of the parameters: a loss
     times 1000 gives the same steps, and parameters in other units the same path in these. Each
@@ -104,19 +110,20 @@ def auto(
 
     It shines as a first choice, most clearly where noise asks for annealing; what was measured, and
     where it is behind, is in docs/research/auto.md. It fails where a path is no measure: a run of a
-    few dozen steps ends before η is found; a scalar alone performs a random walk of its step size
-    under noise; noise without a variance (tails as heavy as those of Student's t with 1.5 degrees
-    of freedom) keeps the steps too long, unless a clip comes before it; on a slope without end η
-    grows without end. Do not put a factor or a schedule behind it in a chain: the path would be
-    measured against steps that were not made.
+    few dozen steps ends before η is found; in trees of a few entries that count, η performs a
+    random walk under noise, downwards on average; noise without a variance (tails as heavy as those
+    of Student's t with 1.5 degrees of freedom) keeps the steps too long, unless a clip comes before
+    it; on a slope without end η grows without end. Do not put a factor or a schedule behind it in a
+    chain: the path would be measured against steps that were not made. Weight decay counts as
+    drift, which a large λ makes felt.
 
     Args:
-      total_steps: T ≥ 1, the length of the run if it is known. Then κ is larger by 1, so that
-        steps do not become shorter on their own; in the second half κ is 1, and the steps are
-        multiplied by a factor that falls linearly to 0, which P takes into account. After T nothing
-        moves. None: no plan.
+      total_steps: T ≥ 1, the length of the run if it is known. In the first half η
+        falls only where (κ + 1)ρ < 1, so that steps do not become shorter on their own; in the
+        second half κ is 1, and the steps are multiplied by a factor that falls linearly to 0, which
+        P takes into account. After T nothing moves. None: no plan.
       weight_decay: λ ≥ 0, decoupled and proportional to the step size η, as in AdamW.
-      beta: β in [0, 1), decay of the mean gradient.
+      beta: β in (0, 1), decay of the mean gradient.
       beta_variance: β' in (0, 1), decay of its variance.
       beta_position: β_θ in (0, 1), decay of the mean position; its window is what is asked for
         signs of drift or return.
@@ -127,13 +134,14 @@ def auto(
       search_steps: τ ≥ 0, in steps.
       position: ``"mean"`` stores the mean position, ``"displacement"`` and ``"trusted"`` distances
         from it, as in `adaptive_sgd`; for parameters in 16 bits, whose steps may be lost in their
-        rounding, take ``"trusted"``.
+        rounding, take ``"trusted"``, which counts them as they were meant and so makes them longer
+        until they are not lost.
       state_dtype: type of m and v; default the parameter's, but at least float32. The mean position
         is never kept in fewer bits: with bfloat16 the state is two vectors of float32.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state holds three vectors of parameter size (with
-      ``position="displacement"`` four) and three numbers for each tensor. Its ``update`` needs the
+      ``position="displacement"`` four) and four numbers for each tensor. Its ``update`` needs the
       parameters. A tensor that has not moved for a while, since its gradients are 0, keeps its η.
       `mean_position` gives the mean position, an average of the iterates.
 
@@ -161,8 +169,8 @@ def auto(
     if total_steps is not None:
         checks.check_in_range("total_steps", total_steps, 1, high_open=True)
     checks.check_in_range("weight_decay", weight_decay, 0.0, high_open=True)
-    checks.check_in_range("beta", beta, 0.0, 1.0, high_open=True)
-    for name, decay in (("beta_variance", beta_variance), ("beta_position", beta_position)):
+    decays = {"beta": beta, "beta_variance": beta_variance, "beta_position": beta_position}
+    for name, decay in decays.items():
         checks.check_in_range(name, decay, 0.0, 1.0, low_open=True, high_open=True)
     checks.check_in_range("adaptation", adaptation, 0.0, high_open=True)
     checks.check_in_range("initial_step", initial_step, 0.0, low_open=True, high_open=True)
@@ -180,7 +188,7 @@ def auto(
             mean_gradient=averages.zeros_like_average(params, state_dtype),
             gradient_variance=averages.zeros_like_average(params, state_dtype),
             step_size=size,
-            expected=Expected(jnp.zeros_like(size), jnp.zeros_like(size)),
+            expected=Expected(*(jnp.zeros_like(size) for _ in Expected._fields)),
         )
 
     def update(
@@ -199,16 +207,10 @@ def auto(
 
         deviations = cw.deviations(params, state.position, beta=decay_x, form=position)
         path = _path(state, deviations, decay, decay_v)
-        expected = _expected(state.expected, path.energy, before, decay_x, decay)
-        moves = before**2 * path.energy > _AT_REST * expected.square / _noise(decay_x, decay)
-        ratio = jnp.where(moves, path.square / jnp.where(moves, expected.square, 1.0), 1.0)
-        ratio, trust = _pooled(ratio, jnp.where(moves, _numbers(params), 0))
+        expected = _expected(state.expected, path, before, decay_x, decay)
         gain = 1 + _search(count, search)
-        if end is not None:
-            gain = jnp.where(part < 1, 1.0, gain + _PLANNED)
-        growth = jnp.exp(speed * trust * (jnp.minimum(gain * ratio, _WIDEST) - 1))
-        size = jnp.where(moves, state.step_size * growth, state.step_size)
-        size = jnp.clip(size, *_STEP_SIZES)
+        exponent = _exponent(path, expected, before, _noise(decay_x, decay), gain, part, end)
+        size = jnp.clip(state.step_size * jnp.exp(speed * exponent), *_STEP_SIZES)
         lengths = leafwise.computed_once(part * size)
         total, total_v = _totals(count, decay, decay_v)
 
@@ -226,7 +228,7 @@ def auto(
         vectors = (state.mean_gradient, state.gradient_variance)
         steps, moved, vectors = cw.update_coordinates(
             rule, updates, params, state.position, vectors,
-            beta=decay_x, form=position, skip=False,
+            beta=decay_x, form=position, skip=False, as_meant=True,
             given=(params, trees.spread(lengths, params)),
         )  # fmt: skip
         return steps, AutoState(count, moved, *vectors, size, expected)
@@ -243,7 +245,7 @@ def mean_position(state: Any, params: optax.Params, position: str = "mean") -> o
 
     Args:
       state: the state of `auto`, alone or within any other (a chain's, a guard's, …).
-      params: the parameters.
+      params: the parameters that it trains (those of its group, within `optax.multi_transform`).
       position: what was given to `auto`.
 
     Raises:
@@ -301,13 +303,20 @@ def _planned(count: chex.Array, total: chex.Numeric | None) -> chex.Numeric:
     return jnp.clip((total + 1 - t) / (_ANNEALED * total), 0.0, 1.0)
 
 
+def _square(
+    mean: chex.Array, variance: chex.Array, total: chex.Array, total_v: chex.Array
+) -> chex.Array:
+    """v̂ + m̂²."""
+    return variance / total_v.astype(variance.dtype) + jnp.square(mean / total.astype(mean.dtype))
+
+
 def _direction(
     mean: chex.Array, variance: chex.Array, total: chex.Array, total_v: chex.Array
 ) -> chex.Array:
     """m̂/√(v̂ + m̂²), in [−1, 1]; 0 where the denominator vanishes."""
-    mean, variance = mean / total.astype(mean.dtype), variance / total_v.astype(variance.dtype)
-    square = variance + jnp.square(mean)
+    square = _square(mean, variance, total, total_v)
     vanishes = square <= np.finfo(square.dtype).tiny  # NaN does not: it must be seen
+    mean = mean / total.astype(mean.dtype)
     return jnp.where(vanishes, 0.0, mean / jnp.sqrt(jnp.where(vanishes, 1.0, square)))
 
 
@@ -323,44 +332,80 @@ class _Path(NamedTuple):
 
     square: chex.Array  # ⟨D²⟩/η²
     energy: chex.Array  # ⟨d²⟩ of the last step
+    scale: chex.Array  # mean of v̂ + m̂²
+    number: chex.Array  # (Σv)²/Σv², of how many entries the means are
 
 
 def _path(
     state: AutoState, deviations: optax.Params, decay: chex.Numeric, decay_v: chex.Numeric
 ) -> _Path:
-    """The weighted means over each tensor, in one pass over it."""
+    """The means over each tensor, in one pass over it."""
     total, total_v = _totals(jnp.maximum(state.count, 1), decay, decay_v)  # all is 0 before
+    # Weights relative to the last scale, so that their squares have floats.
+    units = jnp.where(state.expected.scale > 0, state.expected.scale, 1.0)
 
     def factors(
-        deviation: chex.Array, mean: chex.Array, v: chex.Array, size: chex.Array
+        deviation: chex.Array, mean: chex.Array, v: chex.Array, size: chex.Array, unit: chex.Array
     ) -> tuple[chex.Array, ...]:
         mean, v = trees.wide(mean), trees.wide(v)
-        weight = jnp.minimum(v, _HEAVIEST)
+        weight = jnp.minimum(v / unit.astype(v.dtype), _HEAVIEST)
         relative, step = deviation / size.astype(v.dtype), _direction(mean, v, total, total_v)
-        return weight * relative, relative, weight * step, step, weight, jnp.ones_like(weight)
+        one, square = jnp.ones_like(v), _square(mean, v, total, total_v)
+        return (
+            weight * relative, relative, weight * step, step, square, one, weight, one,
+            weight, weight,
+        )  # fmt: skip
 
-    sizes = trees.spread(state.step_size, deviations)
+    sizes = (trees.spread(x, deviations) for x in (state.step_size, units))
     found = trees.map_several(
-        6, factors, deviations, state.mean_gradient, state.gradient_variance, sizes
+        10, factors, deviations, state.mean_gradient, state.gradient_variance, *sizes
     )
-    square, energy, weight = trees.inner_products(found[:2], found[2:4], found[4:])
-    weight = jnp.where(weight == 0, 1.0, weight)  # then the sums are 0, too
-    return _Path(square / weight, energy / weight)
+    pairs = zip(found[::2], found[1::2], strict=True)
+    square, energy, scale, weight, squares = trees.inner_products(*pairs)
+    has_weight = squares > 0
+    weight = jnp.where(has_weight, weight, 1.0)
+    number = jnp.where(has_weight, jnp.square(weight) / jnp.where(has_weight, squares, 1.0), 0.0)
+    return _Path(square / weight, energy / weight, scale / _numbers(deviations), number)
 
 
 def _expected(
-    expected: Expected, energy: chex.Array, part: chex.Numeric, decay_x: Any, decay: Any
+    expected: Expected, path: _Path, part: chex.Numeric, decay_x: Any, decay: Any
 ) -> Expected:
-    """P and C with the last step, which was ``part``·η·d."""
-    step = part * energy
+    """P, C and S with the last step, which was ``part``·η·d."""
+    step = part * path.energy
     square = decay_x**2 * (expected.square + part * (2 * expected.product + step))
-    return Expected(square, decay_x * decay * (expected.product + step))
+    known = (expected.scale > 0) & (path.scale > 0)
+    ratio = jnp.where(known, expected.scale, 1.0) / jnp.where(known, path.scale, 1.0)
+    product = decay_x * decay * jnp.sqrt(ratio) * (expected.product + step)
+    return Expected(square, product, path.scale)
+
+
+def _exponent(  # noqa: PLR0917
+    path: _Path,
+    expected: Expected,
+    before: chex.Numeric,
+    noise: chex.Numeric,
+    gain: chex.Array,
+    part: chex.Numeric,
+    end: chex.Numeric | None,
+) -> chex.Array:
+    """By what to change log η, in units of a; shape (leaves,)."""
+    remembered = expected.square / noise
+    moves = (before**2 * path.energy > _AT_REST * remembered) & jnp.isfinite(path.square)
+    ratio = jnp.where(moves, path.square / jnp.where(moves, expected.square, 1.0), 1.0)
+    number = jnp.where(moves, path.number, 0.0)
+    ratio, trust = _pooled(jnp.minimum(ratio, _WIDEST), number)
+    exponent = jnp.minimum(gain * ratio, _WIDEST) - 1
+    if end is not None:
+        kept = jnp.maximum(exponent, jnp.minimum((gain + _PLANNED) * ratio - 1, 0.0))
+        exponent = jnp.where(part < 1, jnp.minimum(ratio, _WIDEST) - 1, kept)
+    return jnp.where(moves, trust * exponent, 0.0)
 
 
 def _pooled(ratio: chex.Array, numbers: chex.Array) -> tuple[chex.Array, chex.Array]:
     """ρ of each tensor, drawn towards that of all, and what all together are to be trusted."""
     everything = jnp.sum(numbers)
-    of_all = jnp.sum(numbers * ratio) / jnp.maximum(everything, 1.0)
+    of_all = jnp.sum(numbers * ratio) / jnp.where(everything > 0, everything, 1.0)
     return (numbers * ratio + _FEW * of_all) / (numbers + _FEW), everything / (everything + _FEW)
 
 

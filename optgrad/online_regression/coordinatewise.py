@@ -101,6 +101,7 @@ def update_coordinates(
     beta: chex.Numeric,
     form: str,
     skip: bool,
+    as_meant: bool = False,
     given: tuple[Any, ...] = (),
 ) -> tuple[optax.Updates, Position, tuple[Any, ...]]:
     """One step of a rule on every leaf.
@@ -115,6 +116,8 @@ def update_coordinates(
       beta: decay of the mean position.
       form: one of `FORMS`.
       skip: whether coordinates whose gradient is exactly 0 are left alone, statistics and all.
+      as_meant: whether ``trusted`` takes a step for what it is before it is rounded to the
+        parameter's type, so that D shows steps that are lost in the rounding.
       given: further trees, handed to the rule behind the vectors.
 
     Returns:
@@ -135,10 +138,12 @@ def update_coordinates(
         sample = Sample(g.astype(dtype), none, none, skip)
         sample, centre = _located(form, sample, wide(stored), before, wide(theta), beta)
         step, *new = rule(sample, *map(wide, old), *map(wide, others))
-        step = sample.keep(step, jnp.zeros_like(step)).astype(theta.dtype)
+        meant = sample.keep(step, jnp.zeros_like(step))
+        step = meant.astype(theta.dtype)
         rest: tuple[chex.Array, ...] = ()
         if form == "trusted":
-            centre = sample.keep(sample.deviation + wide(_applied(theta, step)), wide(stored))
+            moved = meant if as_meant else wide(_applied(theta, step))
+            centre = sample.keep(sample.deviation + moved, wide(stored))
             step = trees.ordered_after(step, centre)
         if form == "displacement":
             rest = (sample.keep(trees.ordered_after(theta, centre), before),)

@@ -24,39 +24,48 @@ class Box:
         size = np.sqrt(np.mean(np.square(theta)))
         self.size = initial * (size if size > 0 else 0.2)
         self.direction, self.square, self.product, self.part = 0 * theta, 0.0, 0.0, 1.0
-        self.t = 0
+        self.scale, self.old_scale, self.t = 0.0, 0.0, 0
 
     def average(self, x):
         return np.sum(self.v * x) / np.sum(self.v)
 
     def __call__(self, theta, g):
-        return self.step(theta, g, self.ratio(theta), theta.size / (theta.size + 10))
+        ratio, number = self.ratio(theta)
+        return self.step(theta, g, ratio, number / (number + 10))
 
     def ratio(self, theta):
-        """ρ of the new position."""
+        """ρ of the new position, and the number n of entries as far as they count."""
         self.t += 1
         self.mean = self.rate_x * self.mean + (1 - self.rate_x) * theta
-        ratio = 1.0
+        ratio, number = 1.0, 0.0
         if self.t > 1:
+            number = np.sum(self.v) ** 2 / np.sum(self.v**2)
             part, energy = self.part, self.average(self.direction**2)
             both = self.square + 2 * part * self.product + part**2 * energy
             self.square = self.rate_x**2 * both
-            self.product = self.rate_x * self.beta * (self.product + part * energy)
+            fallen = np.sqrt(self.old_scale / self.scale) if self.t > 2 else 1
+            self.product = self.rate_x * self.beta * fallen * (self.product + part * energy)
+            self.old_scale = self.scale
             ratio = self.average((theta - self.mean) ** 2) / self.size**2 / self.square
-        return ratio
+            ratio = min(ratio, 10)
+        return ratio, number
 
     def step(self, theta, g, ratio, trust):
         """The update, with ρ and what multiplies a as they come from all tensors."""
         gain = 1 + self.search / (self.t + self.search / 2)
-        if self.total:
-            gain = gain + 1 if self.t <= self.total / 2 + 1 else 1
+        exponent = min(gain * ratio, 10) - 1
+        if self.total and self.t > self.total / 2 + 1:
+            exponent = ratio - 1
+        elif self.total and exponent < 0:
+            exponent = min(0, (gain + 1) * ratio - 1)
         if self.t > 1:
-            self.size *= np.exp(self.speed * trust * (min(gain * ratio, 10) - 1))
+            self.size *= np.exp(self.speed * trust * exponent)
         self.m = self.beta * self.m + (1 - self.beta) * g
         self.v = self.rate_v * self.v + (1 - self.rate_v) * (g - self.m) ** 2
         m, v = self.m / (1 - self.beta**self.t), self.v / (1 - self.rate_v**self.t)
         square = v + m**2
         self.direction = np.where(square > 0, m / np.sqrt(np.where(square > 0, square, 1)), 0)
+        self.scale = np.mean(square)
         left = 1 if not self.total else (self.total - self.t + 1) / (self.total / 2)
         self.part = min(1, max(0, left))
         return -self.part * self.size * (self.direction + self.decay * theta)
@@ -95,12 +104,13 @@ def test_several_tensors():
     state, update = optimizer.init(ours), jax.jit(optimizer.update)
     for t in range(60):
         ratios = {name: box.ratio(theirs[name]) for name, box in boxes.items()}
-        mean = (7 * ratios["a"] + 3 * ratios["b"]) / 10
+        everything = sum(n for _, n in ratios.values())
+        mean = sum(n * ratio for ratio, n in ratios.values()) / (everything or 1)
         for name, box in boxes.items():
-            curvature, start, noises, _ = problems[name]
-            gradient = curvature * theirs[name] + noises[t]
-            ratio = (start.size * ratios[name] + 10 * mean) / (start.size + 10)
-            theirs[name] = theirs[name] + box.step(theirs[name], gradient, ratio, 10 / 20)
+            curvature, _, noises, _ = problems[name]
+            gradient, (ratio, n) = curvature * theirs[name] + noises[t], ratios[name]
+            ratio, trust = (n * ratio + 10 * mean) / (n + 10), everything / (everything + 10)
+            theirs[name] = theirs[name] + box.step(theirs[name], gradient, ratio, trust)
         grads = {k: units[k] * (p[0] * ours[k] + p[2][t]) for k, p in problems.items()}
         updates, state = update(grads, state, ours)
         ours = optax.apply_updates(ours, updates)
@@ -180,6 +190,85 @@ def test_small_tensors_keep_most_of_their_steps_in_noise(entries, least):
     assert growth_after(8000, shape=entries, keys=8, search_steps=100.0) > least
 
 
+def test_a_plan_does_not_make_steps_grow_in_noise():
+    """κ + 1 alone would make e²⁰ and more of these 1,000 steps' η; it only keeps η from falling."""
+    options = {"shape": (1000,), "search_steps": 100.0}
+    planned, free = (growth_after(1000, total_steps=t, **options) for t in (20_000, None))
+    assert abs(planned - free) < 1
+
+
+def test_entries_of_very_different_units_do_not_freeze():
+    """g = cᵢ(0.03θᵢ + noise) with c from e⁻⁶ to e⁶: few entries have nearly all the weight."""
+    units = jnp.exp(2 * jax.random.normal(jax.random.key(5), (200,)))
+    optimizer = optgrad.auto()
+
+    def step(carry, key):
+        params, state = carry
+        gradient = units * (0.03 * params + jax.random.normal(key, params.shape))
+        updates, state = optimizer.update(gradient, state, params)
+        return (params + updates, state), None
+
+    def run(key):
+        params = jnp.ones(200)
+        keys = jax.random.split(key, 10_000)
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+        return jnp.mean(params**2)
+
+    found = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 4))
+    assert jnp.mean(found) < 0.24  # 0.27, and no better ever after, if all entries count as one
+
+
+def test_a_tensor_with_a_gradient_now_and_then_converges():
+    """A gradient every 50th step, beside one in all."""
+    optimizer = optgrad.auto()
+
+    def step(carry, sample):
+        params, state = carry
+        noise = jax.random.normal(sample[1], (2, 100))
+        seen = sample[0] % 50 == 0
+        grads = {"seldom": jnp.where(seen, params["seldom"] + noise[0], 0.0)}
+        grads["always"] = params["always"] + noise[1]
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = {"seldom": jnp.full(100, 3.0), "always": jnp.ones(100)}
+    samples = (jnp.arange(20_000), jax.random.split(jax.random.key(0), 20_000))
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), samples)
+    assert jnp.mean(params["seldom"] ** 2) < 0.05
+
+
+def test_steps_below_the_rounding_of_16_bits_grow_until_they_are_not():
+    """bfloat16, ``trusted``, a target that jumps after 3,000 noisy steps, where steps were lost."""
+    optimizer = optgrad.auto(position="trusted")
+
+    def step(carry, sample):
+        params, state = carry
+        target = jnp.where(sample[0] < 3000, 1.1, 2.3)
+        gradient = params.astype(jnp.float32) - target
+        gradient += 0.3 * jax.random.normal(sample[1], params.shape)
+        updates, state = optimizer.update(gradient.astype(jnp.bfloat16), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = jnp.ones(100, jnp.bfloat16)
+    samples = (jnp.arange(6000), jax.random.split(jax.random.key(0), 6000))
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), samples)
+    assert jnp.mean((params.astype(jnp.float32) - 2.3) ** 2) < 0.02
+
+
+def test_a_tensor_that_is_not_finite_leaves_the_others_alone():
+    optimizer = optgrad.auto()
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for t in range(30):
+        if t == 5:
+            params["a"] = params["a"].at[0].set(jnp.inf)
+        grads = {"a": jnp.full(3, 1.0 + t % 2), "b": params["b"] + (-1.0) ** t}
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert jnp.isfinite(params["b"]).all()
+    assert jnp.isfinite(state.step_size).all()
+
+
 def test_a_scalar_with_noise_is_found():
     """θ²/2 with gradient noise 1 from 5: 1/t at 8,000 steps, at a random start of the noise."""
 
@@ -249,7 +338,7 @@ def test_a_tensor_without_gradients_keeps_its_step_size():
 
 def test_gradients_that_are_nearly_0_do_not_count():
     """999 dead entries, one with a drift: the steps grow as those of that entry alone."""
-    drift = jnp.zeros(1000).at[0].set(1.0)
+    drift = jnp.zeros(1000).at[0].set(1.0) + 1e-15
 
     def size(gradient):
         optimizer, params = optgrad.auto(), jnp.ones(gradient.shape)
@@ -259,7 +348,9 @@ def test_gradients_that_are_nearly_0_do_not_count():
             params = optax.apply_updates(params, updates)
         return float(state.step_size[0])
 
-    assert size(drift + 1e-15) > 3 * 0.01
+    alone = size(jnp.ones(1))
+    assert alone > 1.1 * 0.01
+    np.testing.assert_allclose(size(drift), alone, rtol=1e-4)
 
 
 def test_initial_step_sizes_follow_the_tensors():
@@ -329,7 +420,7 @@ def test_a_gradient_that_is_not_a_number_is_seen():
     [
         ({"total_steps": 0}, r"total_steps = 0 is outside its range \[1, inf\)"),
         ({"weight_decay": -1.0}, r"weight_decay = -1.0 is outside"),
-        ({"beta": 1.0}, r"beta = 1.0 is outside its range \[0, 1\)"),
+        ({"beta": 0.0}, r"beta = 0.0 is outside its range \(0, 1\)"),
         ({"beta_position": 0.0}, r"beta_position = 0.0 is outside its range \(0, 1\)"),
         ({"adaptation": -0.1}, r"adaptation = -0.1 is outside"),
         ({"initial_step": 0.0}, r"initial_step = 0.0 is outside"),

@@ -17,6 +17,7 @@ _SAME = 1e-6  # a tensor's size, relative to that of all, below which it counts 
 _OF_ZEROS = 0.2  # the size of parameters that are all 0
 _STEP_SIZES = (1e-30, 1e18)  # beyond, their quotients would leave float32
 _HEAVIEST = 1e12  # weight of an entry, so that sums of squared weights stay within float32
+_LARGEST = 1e36  # mean square of a gradient, whose inverse is to have a float, too
 _WIDEST = 10.0  # ρ has this limit; a straight path comes to about this
 _FEW = 10.0  # entries from which a tensor's own evidence counts more than that of all
 _AT_REST = 1e-3  # of the steps that the path remembers: what is below does not count as a step
@@ -365,7 +366,8 @@ def _path(
     has_weight = squares > 0
     weight = jnp.where(has_weight, weight, 1.0)
     number = jnp.where(has_weight, jnp.square(weight) / jnp.where(has_weight, squares, 1.0), 0.0)
-    return _Path(square / weight, energy / weight, scale / _numbers(deviations), number)
+    scale = jnp.minimum(scale / _numbers(deviations), _LARGEST)
+    return _Path(square / weight, energy / weight, scale, number)
 
 
 def _expected(

@@ -21,7 +21,6 @@ _LARGEST = 1e36  # mean square of a gradient, whose inverse is to have a float, 
 _WIDEST = 10.0  # ρ has this limit; a straight path comes to about this
 _FEW = 10.0  # entries from which a tensor's own evidence counts more than that of all
 _AT_REST = 1e-3  # of the steps that the path remembers: what is below does not count as a step
-_PLANNED = 1.0  # κ of a run with an end is larger by this where η would fall, until it is annealed
 _ANNEALED = 0.5  # the last part of such a run, in which the steps fall linearly to 0
 
 
@@ -119,10 +118,11 @@ def auto(
     drift, which a large λ makes felt.
 
     Args:
-      total_steps: T ≥ 1, the length of the run if it is known. In the first half η
-        falls only where (κ + 1)ρ < 1, so that steps do not become shorter on their own; in the
-        second half κ is 1, and the steps are multiplied by a factor that falls linearly to 0, which
-        P takes into account. After T nothing moves. None: no plan.
+      total_steps: T ≥ 1, the length of the run if it is known. Then the steps do
+        not become shorter on their own: the exponent is κρ − 1 + ρ(1 − ρ), and between ρ = 1/(κ+1)
+        and 1 not below 0, below it (κ + 1)ρ − 1 at least. They are multiplied by a factor that
+        falls linearly to 0 in the second half, which P takes into account. After T nothing moves.
+        None: no plan.
       weight_decay: λ ≥ 0, decoupled and proportional to the step size η, as in AdamW.
       beta: β in (0, 1), decay of the mean gradient.
       beta_variance: β' in (0, 1), decay of its variance.
@@ -210,7 +210,7 @@ def auto(
         path = _path(state, deviations, decay, decay_v)
         expected = _expected(state.expected, path, before, decay_x, decay)
         gain = 1 + _search(count, search)
-        exponent = _exponent(path, expected, before, _noise(decay_x, decay), gain, part, end)
+        exponent = _exponent(path, expected, before, _noise(decay_x, decay), gain, end)
         size = jnp.clip(state.step_size * jnp.exp(speed * exponent), *_STEP_SIZES)
         lengths = leafwise.computed_once(part * size)
         total, total_v = _totals(count, decay, decay_v)
@@ -388,7 +388,6 @@ def _exponent(  # noqa: PLR0917
     before: chex.Numeric,
     noise: chex.Numeric,
     gain: chex.Array,
-    part: chex.Numeric,
     end: chex.Numeric | None,
 ) -> chex.Array:
     """By what to change log η, in units of a; shape (leaves,)."""
@@ -397,10 +396,12 @@ def _exponent(  # noqa: PLR0917
     ratio = jnp.where(moves, path.square / jnp.where(moves, expected.square, 1.0), 1.0)
     number = jnp.where(moves, path.number, 0.0)
     ratio, trust = _pooled(jnp.minimum(ratio, _WIDEST), number)
-    exponent = jnp.minimum(gain * ratio, _WIDEST) - 1
-    if end is not None:
-        kept = jnp.maximum(exponent, jnp.minimum((gain + _PLANNED) * ratio - 1, 0.0))
-        exponent = jnp.where(part < 1, jnp.minimum(ratio, _WIDEST) - 1, kept)
+    if end is None:
+        exponent = gain * ratio - 1
+    else:  # no fall before ρ is ½
+        growth = (gain + jnp.maximum(1 - ratio, 0.0)) * ratio - 1
+        exponent = jnp.maximum(growth, jnp.minimum((gain + 1) * ratio - 1, 0.0))
+    exponent = jnp.minimum(exponent, _WIDEST - 1)
     return jnp.where(moves, trust * exponent, 0.0)
 
 

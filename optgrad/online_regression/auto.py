@@ -341,27 +341,30 @@ def _path(
     state: AutoState, deviations: optax.Params, decay: chex.Numeric, decay_v: chex.Numeric
 ) -> _Path:
     """The means over each tensor, in one pass over it."""
-    total, total_v = _totals(jnp.maximum(state.count, 1), decay, decay_v)  # all is 0 before
+    totals = _totals(jnp.maximum(state.count, 1), decay, decay_v)  # before, all is 0
     # Weights relative to the last scale, so that their squares have floats.
-    units = jnp.where(state.expected.scale > 0, state.expected.scale, 1.0)
+    scale = state.expected.scale
+    units = 1 / jnp.where(scale > 1 / _LARGEST, scale, 1.0)
 
-    def factors(
-        deviation: chex.Array, mean: chex.Array, v: chex.Array, size: chex.Array, unit: chex.Array
-    ) -> tuple[chex.Array, ...]:
+    def terms(  # noqa: PLR0917
+        deviation: chex.Array, mean: chex.Array, v: chex.Array, shrink: chex.Array,
+        unit: chex.Array, one: chex.Array, one_v: chex.Array,
+    ) -> tuple[chex.Array, ...]:  # fmt: skip
         mean, v = trees.wide(mean), trees.wide(v)
-        weight = jnp.minimum(v / unit.astype(v.dtype), _HEAVIEST)
-        relative, step = deviation / size.astype(v.dtype), _direction(mean, v, total, total_v)
-        one, square = jnp.ones_like(v), _square(mean, v, total, total_v)
-        return (
-            weight * relative, relative, weight * step, step, square, one, weight, one,
-            weight, weight,
-        )  # fmt: skip
+        shrink, unit, one, one_v = (x.astype(v.dtype) for x in (shrink, unit, one, one_v))
+        weight, relative = jnp.minimum(v * unit, _HEAVIEST), deviation * shrink
+        mean = jnp.square(mean * one)
+        square = v * one_v + mean
+        valid = (square > np.finfo(square.dtype).tiny) & (square < jnp.inf)
+        energy = jnp.where(valid, mean / jnp.where(valid, square, 1.0), 0.0)
+        return weight * relative, relative, weight, energy, square, weight, jnp.ones_like(v)
 
-    sizes = (trees.spread(x, deviations) for x in (state.step_size, units))
-    found = trees.map_several(
-        10, factors, deviations, state.mean_gradient, state.gradient_variance, *sizes
+    scalars = (1 / state.step_size, units, *(1 / x for x in totals))
+    scalars = tuple(trees.spread(leafwise.computed_once(x), deviations) for x in scalars)
+    wide, relative, weight, energy, square, again, ones = trees.map_several(
+        7, terms, deviations, state.mean_gradient, state.gradient_variance, *scalars
     )
-    pairs = zip(found[::2], found[1::2], strict=True)
+    pairs = ((wide, relative), (weight, energy), (square, ones), (weight, ones), (weight, again))
     square, energy, scale, weight, squares = trees.inner_products(*pairs)
     has_weight = squares > 0
     weight = jnp.where(has_weight, weight, 1.0)

@@ -21,7 +21,7 @@ _LARGEST = 1e36  # mean square of a gradient, whose inverse is to have a float, 
 _WIDEST = 10.0  # ρ has this limit; a straight path comes to about this
 _FEW = 10.0  # entries from which a tensor's own evidence counts more than that of all
 _AT_REST = 1e-3  # of the steps that the path remembers: what is below does not count as a step
-_ANNEALED = 0.5  # the last part of such a run, in which the steps fall linearly to 0
+_ANNEALED = 0.5  # the last part of a run with an end, in which the steps fall linearly to 0
 
 
 class Expected(NamedTuple):
@@ -118,17 +118,16 @@ def auto(
     drift, which a large λ makes felt.
 
     Args:
-      total_steps: T ≥ 1, the length of the run if it is known. Then the steps do
-        not become shorter on their own: the exponent is κρ − 1 + ρ(1 − ρ), and between ρ = 1/(κ+1)
-        and 1 not below 0, below it (κ + 1)ρ − 1 at least. They are multiplied by a factor that
-        falls linearly to 0 in the second half, which P takes into account. After T nothing moves.
-        None: no plan.
+      total_steps: T ≥ 1, the length of the run if it is known. Then the steps do not become shorter
+        on their own: the exponent is κρ − 1 + ρ(1 − ρ), and between ρ = 1/(κ+1) and 1 not below 0,
+        below it (κ + 1)ρ − 1 at least. They are multiplied by a factor that falls linearly to 0 in
+        the second half, which P takes into account. After T nothing moves. None: no plan.
       weight_decay: λ ≥ 0, decoupled and proportional to the step size η, as in AdamW.
       beta: β in (0, 1), decay of the mean gradient.
       beta_variance: β' in (0, 1), decay of its variance.
       beta_position: β_θ in (0, 1), decay of the mean position; its window is what is asked for
         signs of drift or return.
-      adaptation: a ≥ 0, how fast η follows. It should not be faster than that window.
+      adaptation: a ≥ 0, how fast η follows; with 0 it stays as it was.
       initial_step: η > 0 before the first step, relative to the root mean square of the tensor, or
         where that is below 1e-6 of that of all parameters to the geometric mean of the others', or
         where all are 0 to 0.2.
@@ -304,20 +303,13 @@ def _planned(count: chex.Array, total: chex.Numeric | None) -> chex.Numeric:
     return jnp.clip((total + 1 - t) / (_ANNEALED * total), 0.0, 1.0)
 
 
-def _square(
-    mean: chex.Array, variance: chex.Array, total: chex.Array, total_v: chex.Array
-) -> chex.Array:
-    """v̂ + m̂²."""
-    return variance / total_v.astype(variance.dtype) + jnp.square(mean / total.astype(mean.dtype))
-
-
 def _direction(
     mean: chex.Array, variance: chex.Array, total: chex.Array, total_v: chex.Array
 ) -> chex.Array:
     """m̂/√(v̂ + m̂²), in [−1, 1]; 0 where the denominator vanishes."""
-    square = _square(mean, variance, total, total_v)
+    mean, variance = mean / total.astype(mean.dtype), variance / total_v.astype(variance.dtype)
+    square = variance + jnp.square(mean)
     vanishes = square <= np.finfo(square.dtype).tiny  # NaN does not: it must be seen
-    mean = mean / total.astype(mean.dtype)
     return jnp.where(vanishes, 0.0, mean / jnp.sqrt(jnp.where(vanishes, 1.0, square)))
 
 
@@ -401,7 +393,7 @@ def _exponent(  # noqa: PLR0917
     ratio, trust = _pooled(jnp.minimum(ratio, _WIDEST), number)
     if end is None:
         exponent = gain * ratio - 1
-    else:  # no fall before ρ is ½
+    else:  # no fall before ρ is below 1/(κ + 1)
         growth = (gain + jnp.maximum(1 - ratio, 0.0)) * ratio - 1
         exponent = jnp.maximum(growth, jnp.minimum((gain + 1) * ratio - 1, 0.0))
     exponent = jnp.minimum(exponent, _WIDEST - 1)

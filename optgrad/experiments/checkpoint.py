@@ -278,18 +278,19 @@ def begin(
                 f"{folder} holds an unfinished study; go on with it: optgrad resume {results}, or "
                 "begin anew: --overwrite"
             )
-        with _reported(folder):
-            for name in (_STUDY, _WAVES, _DECISIONS):
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / _STATE, ignore_errors=True)
-            _replace(folder / _STUDY, study)
-        with contextlib.closing(Journal(folder, study, seconds=seconds)) as journal:
-            try:
+        journal = None
+        try:
+            with _reported(folder):
+                for name in (_STUDY, _WAVES, _DECISIONS):
+                    (folder / name).unlink(missing_ok=True)
+                shutil.rmtree(folder / _STATE, ignore_errors=True)
+                _replace(folder / _STUDY, study)
+            with contextlib.closing(Journal(folder, study, seconds=seconds)) as journal:
                 yield journal
-            except BaseException:
-                if journal.is_empty:
-                    journal.discard()
-                raise
+        except BaseException:  # a Ctrl-C may come before there is a journal
+            if journal is None or journal.is_empty:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager

@@ -153,6 +153,23 @@ def test_an_error_before_anything_was_measured_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interruption_while_a_study_is_set_up_leaves_nothing(tmp_path, monkeypatch, moment):
+    """Its description is written by then, but there is no journal yet."""
+    set_up = checkpoint.Journal.__init__
+
+    def interrupted(self, folder, *args, **kwargs):
+        assert (folder / "study.json").is_file()
+        if moment == "after":
+            set_up(self, folder, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Journal, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt), checkpoint.begin(tmp_path / "results", {}):
+        raise AssertionError
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_nothing_to_resume(tmp_path, exists):
     results = tmp_path / "results"

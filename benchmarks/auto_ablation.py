@@ -44,6 +44,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "κ = 0.7": {"kappa": constant(0.7)},
     "β_θ = 0.9": {"beta_position": 0.9},
     "raw second moment, as Adam": {"central": False},
+    "look-ahead, as Nadam's": {"ahead": True},
     "β = 0, raw second moment": {"beta": 0.0, "central": False},
     "first step 0.0003 everywhere": {"initial_step": 3e-4, "relative": False},
     AVERAGED: {},

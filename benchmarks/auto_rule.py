@@ -40,6 +40,7 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
     pool: str = "tensor",
     kappa: Callable[[chex.Array], Any] = growth,
     beta: float = 0.9,
+    ahead: bool = False,
     beta_position: float = 0.99,
     beta_variance: float = 0.99,
     adaptation: float = 0.02,
@@ -59,6 +60,7 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
       pool: what has a step size of its own, one of `POOLS`.
       kappa: step number -> κ.
       beta: decay of the mean gradient.
+      ahead: whether the direction is that of β m + (1 − β) g, as Nesterov's and Nadam's.
       beta_position: decay of the mean position.
       beta_variance: decay of the gradient's second moment.
       adaptation: how fast the step size follows.
@@ -72,6 +74,7 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
       initial_step: the step size before the first step.
       relative: whether that is in units of each tensor's root mean square.
     """
+    variance, covariance = autocovariance(beta) if ahead else (1.0, 1.0)
 
     def init(params: Any) -> RuleState:
         leaves, structure = jax.tree.flatten(params)
@@ -96,27 +99,28 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
             jnp.zeros((), jnp.int32), params, zeros, zeros, step_size, none, none, none
         )
 
-    def mean_squares(state: RuleState) -> Any:
-        """v̂ + m̂² of the last step."""
-        t = jnp.maximum(state.count, 1)
+    def mean_squares(state: RuleState, mean: Any, total: Any) -> Any:
+        """v̂ + m̂², of a mean with this sum of weights."""
 
         def one(m: chex.Array, v: chex.Array) -> chex.Array:
-            square = v / (1 - beta_variance**t)
-            return square + (m / (1 - beta**t)) ** 2 if central else square
+            square = v / (1 - beta_variance ** jnp.maximum(state.count, 1))
+            return square + (m / total) ** 2 if central else square
 
-        return jax.tree.map(one, state.mean_gradient, state.second_moment)
+        return jax.tree.map(one, mean, state.second_moment)
 
-    def direction(state: RuleState) -> Any:
-        """That of the last step."""
-        bias = 1 - beta ** jnp.maximum(state.count, 1)
+    def direction(state: RuleState, mean: Any, total: Any) -> Any:
+        """Such a mean over its size."""
         return jax.tree.map(
-            lambda m, s: jnp.where(s > 0, m / bias / jnp.sqrt(jnp.where(s > 0, s, 1)), 0),
-            state.mean_gradient, mean_squares(state),
+            lambda m, s: jnp.where(s > 0, m / total / jnp.sqrt(jnp.where(s > 0, s, 1)), 0),
+            mean, mean_squares(state, mean, total),
         )  # fmt: skip
 
-    def energies(state: RuleState) -> Any:
-        """The mean square of the last direction, over each pool."""
-        found = _mean(jax.tree.map(jnp.square, direction(state)), weights(state), pool)
+    def total_of(count: chex.Array) -> chex.Array:
+        return 1 - beta ** jnp.maximum(count, 1)
+
+    def energies(state: RuleState, known: tuple[Any, Any]) -> Any:
+        """The mean square of the last direction (without look-ahead), over each pool."""
+        found = _mean(jax.tree.map(jnp.square, direction(state, *known)), weights(state), pool)
         gaussian = (1 - beta) / (1 + beta)
         return found if measured else jax.tree.map(lambda x: jnp.full_like(x, gaussian), found)
 
@@ -128,20 +132,21 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
     def sizes_and_noise(state: RuleState, params: Any, centre: Any) -> tuple[Any, Any, Any, Any]:
         """Step sizes, P, C and S."""
         square, product = state.square, state.product
-        energy = energies(state)
+        last = state.mean_gradient, total_of(state.count)
+        energy = energies(state, last)
         noise_square = jax.tree.map(
-            lambda p, c, e: beta_position**2 * (p + 2 * c + e), square, product, energy
+            lambda p, c, e: beta_position**2 * (p + 2 * c + variance * e), square, product, energy
         )
         same = jax.tree.map(jnp.ones_like, state.second_moment)
-        scale = _mean(mean_squares(state), same, pool)
+        scale = _mean(mean_squares(state, *last), same, pool)
         noise_product = jax.tree.map(
-            lambda c, e, old, new: beta_position * beta * faded(old, new) * (c + e),
+            lambda c, e, old, new: beta_position * beta * faded(old, new) * (c + covariance * e),
             product, energy, state.scale, scale,
         )  # fmt: skip
         squares = jax.tree.map(lambda p, x: (p - x) ** 2, params, centre)
         widths = _mean(squares, weights(state), pool)
         moves = jax.tree.map(
-            lambda e, p: e > 1e-3 * p / noise(beta_position, beta), energy, noise_square
+            lambda e, p: e > 1e-3 * p / noise(beta_position, beta, ahead), energy, noise_square
         )
 
         def ratio(width: Any, size: Any, p: Any, counts: Any) -> Any:
@@ -191,19 +196,27 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
         squares = jax.tree.map(lambda g, m: (g - m) ** 2, grads, about)
         moment = average(beta_variance, state.second_moment, squares)
         state = RuleState(state.count + 1, centre, mean, moment, *found)
-        return jax.tree.map(lambda d, s: -s * d, direction(state), state.step_size), state
+        taken, total = mean, total_of(state.count)
+        if ahead:
+            taken, total = average(beta, mean, grads), total_of(state.count + 1)
+        steps = direction(state, taken, total)
+        return jax.tree.map(lambda d, s: -s * d, steps, state.step_size), state
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
-def noise(beta_position: float, beta: float) -> float:
-    """The mean of D² under white noise, in units of the mean square of the steps.
+def autocovariance(beta: float) -> tuple[float, float]:
+    """Variance of β m + (1 − β) g in white noise, and covariance with the next, over those of m."""
+    rest = beta**4
+    return (1 - beta**2) * (1 + beta) ** 2 + rest, (1 - beta**2) * (1 + beta) * beta + rest
 
-    D answers a step by the decay of the mean position, and steps are correlated as β to the power
-    of their distance.
-    """
+
+def noise(beta_position: float, beta: float, ahead: bool = False) -> float:
+    """The mean of D² under white noise, in units of the mean square of m̂/√(v̂ + m̂²)."""
+    variance, covariance = autocovariance(beta) if ahead else (1.0, 1.0)
     both = beta_position * beta
-    return beta_position**2 * (1 + both) / ((1 - both) * (1 - beta_position**2))
+    product = both * covariance / (1 - both)
+    return beta_position**2 * (2 * product + variance) / (1 - beta_position**2)
 
 
 def mean_position(state: Any, params: Any) -> Any:
@@ -222,8 +235,8 @@ def record(average: bool = False) -> Method:
         name="auto_rule", factory=rule, scale_by=None, family="benchmarks",
         title="auto, in parts", reference="optgrad", equation="as auto's",
         static_args=(
-            "pool", "kappa", "central", "weighted", "measured", "as_they_were", "effective",
-            "fading", "relative",
+            "pool", "kappa", "ahead", "central", "weighted", "measured", "as_they_were",
+            "effective", "fading", "relative",
         ),
         evaluation_params=mean_position if average else None,
     )  # fmt: skip

@@ -99,17 +99,19 @@ def test_every_variant_differs_from_auto(scripts):
         assert np.abs(found - whole).max() > 1e-4, name
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(("beta", "beta_position"), [(0.8, 0.95), (0.9, 0.9), (0.0, 0.99)])
-def test_noise_widens_the_path_as_much_as_is_said(beta, beta_position, scripts):
+def test_noise_widens_the_path_as_much_as_is_said(beta, beta_position, ahead, scripts):
     """Σ h_k², h the response of θ − θ̄ to one sample of the noise, whose mean has (1−β)/(1+β)."""
     mean, distance, total = 0.0, 0.0, 0.0
     for k in range(2000):
         distance *= beta_position
         total += distance**2
-        mean = beta * mean + (1 - beta) * (k == 0)
-        distance += mean
+        sample = (1 - beta) * (k == 0)
+        mean = beta * mean + sample
+        distance += beta * mean + sample if ahead else mean
     energy = (1 - beta) / (1 + beta)
-    assert energy * scripts["rule"].noise(beta_position, beta) == pytest.approx(total)
+    assert energy * scripts["rule"].noise(beta_position, beta, ahead) == pytest.approx(total)
 
 
 # Differences -------------------------------------------------------------------------------------

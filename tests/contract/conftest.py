@@ -35,7 +35,7 @@ SELDOM = {
 
 # The methods take turns: of the tests that compile a program for each of many variants, or a large
 # one, each method runs a third, and of all others half; methods that take longest to compile a
-# quarter and a third, and optax's own a sixth and a fifth; what neighbours run differs. Whoever
+# sixth and a fifth, and optax's own a ninth and an eighth; what neighbours run differs. Whoever
 # changes what all share runs ``--contract all``, as the table in docs/reliability.md asks for.
 DEALT = {"odd_trees", "dtypes", "weak_types", "non_finite_entry", "either_extra_argument"}
 DEALT |= {"low_precision_state", "golden", "program_size", "sharded_parameters"}
@@ -86,7 +86,7 @@ def _is_dealt(item: pytest.Item) -> bool:
         return True
     name = item.originalname.removeprefix("test_")
     turn = sum(item.callspec.indices.values())  # the method's number, and those of the variants
-    longer = 3 * (method.family == "baselines") + (method.name in LONGEST)
+    longer = 6 * (method.family == "baselines") + 3 * (method.name in LONGEST)
     rounds = (3 if name in DEALT else 2) + longer
     return (turn + zlib.crc32(name.encode())) % rounds == 0
 

@@ -122,7 +122,7 @@ def test_odd_trees(method, tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["m_svag", "adaptive_sgd", "ogr1d"])
+@pytest.mark.parametrize("name", ["m_svag", "adaptive_sgd"])
 def test_ten_thousand_leaves(name):
     """Traced in seconds, in proportion to the leaves; a million of them nobody would compile."""
     params = [jnp.ones(())] * 10_000

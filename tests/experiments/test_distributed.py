@@ -46,7 +46,7 @@ def start_two(folder, *arguments, others=None):
 def finish(*processes):
     """(exit code, stdout, stderr) of each."""
     try:
-        outputs = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()

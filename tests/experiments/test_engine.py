@@ -228,12 +228,12 @@ def test_host_stepped_runs_cost_one_compilation(vectorize):
 
 
 def one_per_kind():
-    """One method for each family and each set of extras that the harness provides."""
+    """One method for each set of extras that the harness provides."""
     kinds = {}
     for method in registry.methods():
         # Undamped Newton divides by the zero eigenvalues of a softmax: no two programs agree.
         if method.needs <= extras.PROVIDED and method.name != "newton":
-            kinds.setdefault((method.family, method.needs), method.name)
+            kinds.setdefault(method.needs, method.name)
     return sorted({*kinds.values(), "adam", "m_svag", "adam_star"})
 
 

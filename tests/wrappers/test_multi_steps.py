@@ -12,7 +12,8 @@ from contract import problem
 import optgrad
 
 K = 4
-WITH_EXTRAS = [m for m in optgrad.methods() if m.needs - {"params"}]
+# One for each set of what it is handed.
+WITH_EXTRAS = [*{m.needs: m for m in optgrad.methods() if m.needs - {"params"}}.values()]
 NOT_AVERAGED = {"per_example_grads", "features", "kfac_stats"}  # and functions
 
 
@@ -32,7 +33,7 @@ def split_names(method):
 
 @pytest.mark.parametrize("method", WITH_EXTRAS, ids=lambda m: m.name)
 def test_a_period_is_one_step_of_the_big_batch(method):
-    """For every method that is handed a loss, a variance …; functions are the big batch's."""
+    """For methods that are handed a loss, a variance …; functions are the big batch's."""
     average, last = split_names(method)
     inner = problem.create(method)
     wrapped = optgrad.MultiSteps(inner, K, average=average, last=last)

@@ -278,17 +278,20 @@ def begin(
                 f"{folder} holds an unfinished study; go on with it: optgrad resume {results}, or "
                 "begin anew: --overwrite"
             )
+        with _reported(folder):
+            for name in (_STUDY, _WAVES, _DECISIONS):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / _STATE, ignore_errors=True)
         journal = None
         try:
             with _reported(folder):
-                for name in (_STUDY, _WAVES, _DECISIONS):
-                    (folder / name).unlink(missing_ok=True)
-                shutil.rmtree(folder / _STATE, ignore_errors=True)
                 _replace(folder / _STUDY, study)
             with contextlib.closing(Journal(folder, study, seconds=seconds)) as journal:
                 yield journal
-        except BaseException:  # a Ctrl-C may come before there is a journal
-            if journal is None or journal.is_empty:
+        except BaseException as error:
+            # A Ctrl-C may come before there is a journal; after another error there one can resume.
+            is_empty = isinstance(error, KeyboardInterrupt) if journal is None else journal.is_empty
+            if is_empty:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 

@@ -170,6 +170,26 @@ def test_an_interruption_while_a_study_is_set_up_leaves_nothing(tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_study_that_cannot_be_thrown_away_is_whole(tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    with checkpoint.begin(results, {"number": 1}) as journal:
+        journal.finish({"label": "adam", "number": 0}, [], 1.0)
+
+    def refuse(self, missing_ok=False):
+        raise PermissionError(f"{self} is to stay")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with (
+            pytest.raises(checkpoint.CheckpointError, match="is to stay"),
+            checkpoint.begin(results, {"number": 2}, anew=True),
+        ):
+            raise AssertionError
+    with checkpoint.resume(results) as journal:
+        assert journal.study == {"number": 1}
+        assert not journal.is_empty
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_nothing_to_resume(tmp_path, exists):
     results = tmp_path / "results"

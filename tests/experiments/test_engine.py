@@ -234,7 +234,7 @@ def one_per_kind():
         # Undamped Newton divides by the zero eigenvalues of a softmax: no two programs agree.
         if method.needs <= extras.PROVIDED and method.name != "newton":
             kinds.setdefault(method.needs, method.name)
-    return sorted({*kinds.values(), "adam", "m_svag", "adam_star"})
+    return sorted({*kinds.values(), "adam", "m_svag", "adam_star", "auto", "ogr1d"})
 
 
 @pytest.mark.parametrize("name", one_per_kind())

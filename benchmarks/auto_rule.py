@@ -74,7 +74,7 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
       initial_step: the step size before the first step.
       relative: whether that is in units of each tensor's root mean square.
     """
-    variance, covariance = autocovariance(beta) if ahead else (1.0, 1.0)
+    variance, covariance = autocovariance(beta, ahead)
 
     def init(params: Any) -> RuleState:
         leaves, structure = jax.tree.flatten(params)
@@ -118,9 +118,9 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
     def total_of(count: chex.Array) -> chex.Array:
         return 1 - beta ** jnp.maximum(count, 1)
 
-    def energies(state: RuleState, known: tuple[Any, Any]) -> Any:
+    def energies(state: RuleState, last: tuple[Any, Any]) -> Any:
         """The mean square of the last direction (without look-ahead), over each pool."""
-        found = _mean(jax.tree.map(jnp.square, direction(state, *known)), weights(state), pool)
+        found = _mean(jax.tree.map(jnp.square, direction(state, *last)), weights(state), pool)
         gaussian = (1 - beta) / (1 + beta)
         return found if measured else jax.tree.map(lambda x: jnp.full_like(x, gaussian), found)
 
@@ -205,15 +205,17 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
-def autocovariance(beta: float) -> tuple[float, float]:
-    """Variance of β m + (1 − β) g in white noise, and covariance with the next, over those of m."""
+def autocovariance(beta: float, ahead: bool) -> tuple[float, float]:
+    """Variance of what is taken in white noise, and covariance with the next, over those of m."""
+    if not ahead:
+        return 1.0, 1.0
     rest = beta**4
     return (1 - beta**2) * (1 + beta) ** 2 + rest, (1 - beta**2) * (1 + beta) * beta + rest
 
 
 def noise(beta_position: float, beta: float, ahead: bool = False) -> float:
     """The mean of D² under white noise, in units of the mean square of m̂/√(v̂ + m̂²)."""
-    variance, covariance = autocovariance(beta) if ahead else (1.0, 1.0)
+    variance, covariance = autocovariance(beta, ahead)
     both = beta_position * beta
     product = both * covariance / (1 - both)
     return beta_position**2 * (2 * product + variance) / (1 - beta_position**2)

@@ -305,7 +305,7 @@ def pairs():
     for (i, problem), (k, kind) in itertools.product(
         enumerate(catalogue.problems()), enumerate(KINDS)
     ):
-        is_seldom = kind in {"newton", "hessian_free", "levenberg_marquardt"}
+        is_seldom = registry.get_method(kind).family == "curvature"
         if (problem, kind) not in TOO_LARGE and not (is_seldom and (i + k) % 2):
             yield problem, kind
 

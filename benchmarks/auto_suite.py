@@ -6,7 +6,8 @@
 A study is a file of configs/auto, a problem with its batch size and budget. It is run with each
 group of configs/auto/optimizers, into FOLDER/STUDY/GROUP, a results folder of `optgrad compare`.
 What is finished there is left alone, what was interrupted goes on: repeat the command. The quick
-studies come first. ``--full`` is the scale of configs/auto/full, for an accelerator.
+studies come first. ``--suite full`` has the scale of configs/auto/full, for an accelerator;
+``--suite held_out`` has problems on which nothing was chosen.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import optgrad
 from optgrad.experiments import checkpoint, compare, compilation, config, results
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "auto"
+SUITES = {"chosen_on": CONFIGS, "full": CONFIGS / "full", "held_out": CONFIGS / "held_out"}
 # Group -> the file of its optimizers, and what is set beside it.
 GROUPS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "auto": ("auto", {}),
@@ -40,7 +42,8 @@ def study_files(folder: Path) -> dict[str, Path]:
     """Name -> file of every study in a folder, the quick ones first."""
 
     def place(name: str) -> tuple[int, str]:
-        return next(i for i, start in enumerate(QUICK_FIRST) if name.startswith(start)), name
+        starts = (i for i, start in enumerate(QUICK_FIRST) if name.startswith(start))
+        return next(starts, len(QUICK_FIRST)), name
 
     names = sorted((path.stem for path in folder.glob("*.toml")), key=place)
     return {name: folder / f"{name}.toml" for name in names}
@@ -130,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
     compilation.cache_on_disk()
     if arguments.data_dir:
         os.environ["OPTGRAD_DATA_DIR"] = str(arguments.data_dir)  # for small_cifar10.py, too
-    files = study_files(CONFIGS / "full" if arguments.full else CONFIGS)
+    files = study_files(SUITES[arguments.suite])
     beginnings = tuple(arguments.names) or ""
     chosen = {name: path for name, path in files.items() if name.startswith(beginnings)}
     if not chosen:
@@ -160,15 +163,18 @@ def main() -> None:
     running.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     running.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     running.add_argument("--data-dir", type=Path, default=None, metavar="DATA")
-    running.add_argument("--full", action="store_true", help="the scale of configs/auto/full")
     running.add_argument("--again", action="store_true", help="what is finished, too")
     running.set_defaults(command=run)
     showing = commands.add_parser("evidence", help="tables and figures of the finished studies")
     showing.add_argument("folder", type=Path, metavar="FOLDER")
     showing.add_argument("--output", type=Path, required=True)
     showing.set_defaults(
-        command=lambda a: auto_evidence.write(a.folder, list(study_files(CONFIGS)), a.output)
+        command=lambda a: auto_evidence.write(
+            a.folder, list(study_files(SUITES[a.suite])), a.output
+        )
     )
+    for command in (running, showing):
+        command.add_argument("--suite", choices=SUITES, default="chosen_on")
     arguments = parser.parse_args()
     arguments.command(arguments)
 

@@ -15,7 +15,7 @@ from optgrad.experiments import gaps, profiles
 
 ROOT = Path(optgrad.__file__).resolve().parent.parent
 FOLDER = ROOT / "configs" / "auto"
-STUDIES = sorted([*FOLDER.glob("*.toml"), *FOLDER.glob("full/*.toml")])
+STUDIES = sorted(path for path in FOLDER.rglob("*.toml") if path.parent.name != "optimizers")
 
 
 @pytest.fixture(scope="module")

@@ -310,7 +310,7 @@ def pairs():
             yield problem, kind
 
 
-@pytest.mark.parametrize(("name", "method"), pairs())
+@pytest.mark.parametrize(("name", "method"), list(pairs()))
 def test_methods_run_on_every_problem(name, method):
     """Those of the curvature family in the slow stage."""
     lacks = {"saddle": NEEDS_RESIDUALS, **{key: {"levenberg_marquardt"} for key in FITTED}}

@@ -57,7 +57,7 @@ def recurrent(*, batch_size: int) -> problems.Problem:
 
 
 def deep(*, batch_size: int) -> problems.Problem:
-    """A hundred classes of CIFAR-100 by 16 residual blocks: many tensors, far from an end."""
+    """A hundred classes of CIFAR-100 by six residual blocks: many tensors, far from an end."""
     images, labels = _images("cifar100")
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
@@ -66,16 +66,16 @@ def deep(*, batch_size: int) -> problems.Problem:
                 nnx.LayerNorm(48, rngs=rngs), nnx.Linear(48, 48, rngs=rngs), nnx.relu,
                 nnx.Linear(48, 48, rngs=rngs),
             )
-            for _ in range(16)
+            for _ in range(6)
         ]  # fmt: skip
         first, last = nnx.Linear(768, 48, rngs=rngs), nnx.Linear(48, 100, rngs=rngs)
         return nnx.List([first, *blocks, last])
 
     def apply(parts: Any, image: chex.Array) -> chex.Array:
         x = parts[0](image)
-        for i in range(1, 17):
+        for i in range(1, 7):
             x = x + parts[i](x)
-        logits: chex.Array = parts[17](x)
+        logits: chex.Array = parts[7](x)
         return logits
 
     return _classification("deep", _Network(build, apply), images, labels, batch_size)

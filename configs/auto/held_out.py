@@ -127,7 +127,7 @@ def raw_features(*, batch_size: int) -> problems.Problem:
 
 
 def equation(*, batch_size: int) -> problems.Problem:
-    """A network u that vanishes at the ends, u'' + 25 u² = f at random points: derivatives."""
+    """A network u that vanishes at the ends, u'' − 25 u = f at random points: derivatives."""
     network = _Network(lambda rngs: _Layers([1, 24, 24, 1], nnx.tanh, rngs))
 
     def solution(x: chex.Array) -> chex.Array:
@@ -138,7 +138,7 @@ def equation(*, batch_size: int) -> problems.Problem:
         return found
 
     def residual(u: Callable[[chex.Array], chex.Array], x: chex.Array) -> chex.Array:
-        return jax.grad(jax.grad(u))(x) + 25 * jnp.square(u(x))
+        return jax.grad(jax.grad(u))(x) - 25 * u(x)
 
     def loss(params: Any, x: chex.Array, key: chex.PRNGKey) -> chex.Array:
         del key

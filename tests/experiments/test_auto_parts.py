@@ -89,6 +89,7 @@ def test_the_rule_is_auto_at_other_constants(scripts):
     np.testing.assert_allclose(rule, auto, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_every_variant_differs_from_auto(scripts):
     ablation, rule = scripts["ablation"], scripts["rule"].rule
     paths = {name: path(rule(**change), 20)[0] for name, change in ablation.VARIANTS.items()}

@@ -64,6 +64,7 @@ def test_text_is_divided_and_covered(name):
     assert counted == len(windows)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", ["embedding", "attention"])
 def test_training_beats_the_frequencies_of_symbols(name):
     problem = create_problem(name, batch_size=64)

@@ -379,8 +379,8 @@ def text_of(
     """The report, Markdown."""
     lines = [
         "# No tuning against tuned peers", "",
-        "Written by `python benchmarks/auto_suite.py evidence`; the studies are in `configs/auto` or "
-        "a folder of it. Means over the final runs, of an excess the geometric mean.", "",
+        "Written by `python benchmarks/auto_suite.py evidence`; the studies are in `configs/auto` "
+        "or a folder of it. Means over the final runs, of an excess the geometric mean.", "",
         "## What was reached", "", scores_table(studies), "",
         "## The bar", "",
         "Behind, in percent: of an accuracy, points; of a loss, the relative difference; of an "

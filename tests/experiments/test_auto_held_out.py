@@ -11,7 +11,7 @@ from optgrad.experiments import engine, user_problems
 
 FOLDER = Path(optgrad.__file__).resolve().parent.parent / "configs" / "auto"
 STUDIES = sorted((FOLDER / "held_out").glob("*.toml"))
-STEPS = 150
+STEPS = 300
 
 
 @pytest.mark.slow

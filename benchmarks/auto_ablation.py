@@ -1,6 +1,6 @@
 """One ingredient of `optgrad.auto` taken away or changed at a time.
 
-    python benchmarks/auto_ablation.py --output docs/results/auto/ablation
+    python benchmarks/auto_ablation.py --output docs/results/auto/ablation [--variants …]
 
 The rule is that of `auto_rule`, which at its defaults is auto. On the quick problems of
 `auto_problems.py`; writes report.md and ablation.csv, anew after each problem.
@@ -47,14 +47,18 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "look-ahead, as Nadam's": {"ahead": True},
     "β = 0, raw second moment": {"beta": 0.0, "central": False},
     "first step 0.0003 everywhere": {"initial_step": 3e-4, "relative": False},
+    "variance adaptation γ, as M-SVAG's": {"adapted": True},
+    "steps at most 0.03 of the tensor's size": {"cap": 0.03},
+    "weight decay 0.01": {"weight_decay": 0.01},
     AVERAGED: {},
 }
 
 
-def measure(name: str, quick: Quick) -> list[Row]:
+def measure(name: str, quick: Quick, variants: Sequence[str] = tuple(VARIANTS)) -> list[Row]:
     """A row for each variant: the score, and how far it is behind that of the whole rule."""
     problem = quick.build()
-    found = {variant: _result(variant, quick, problem) for variant in VARIANTS}
+    chosen = dict.fromkeys((WHOLE, *variants))
+    found = {variant: _result(variant, quick, problem) for variant in chosen}
     return [
         {"problem": name, "variant": variant}
         | auto_problems.numbers(result, found[WHOLE], problem.score)
@@ -71,7 +75,7 @@ def table(rows: Sequence[Row]) -> str:
     """Final score of each variant on each problem, and how far it is behind, in percent."""
     names = list(dict.fromkeys(row["problem"] for row in rows))
     lines = []
-    for variant in VARIANTS:
+    for variant in _variants(rows):
         chosen = [row for row in rows if row["variant"] == variant]
         cells = [f"{row['text']} ({_marked(row)})" for row in chosen]
         behind = [row["percent"] for row in chosen]
@@ -90,7 +94,7 @@ def _marked(row: Row) -> str:
 def sentences(rows: Sequence[Row]) -> list[str]:
     """Where each variant is clearly behind, or ahead."""
     found = []
-    for variant in VARIANTS:
+    for variant in _variants(rows):
         chosen = [row for row in rows if row["variant"] == variant]
         differences = {row["problem"]: Difference(row["percent"], row["error"]) for row in chosen}
         behind = [name for name, d in differences.items() if d.is_behind]
@@ -101,6 +105,10 @@ def sentences(rows: Sequence[Row]) -> list[str]:
                 f"{_listed(behind)}, clearly ahead on {len(ahead)}{_listed(ahead)}."
             )
     return found
+
+
+def _variants(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["variant"] for row in rows))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -133,4 +141,4 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    auto_problems.main(__doc__.splitlines()[0], measure, write)
+    auto_problems.main(__doc__.splitlines()[0], measure, write, list(VARIANTS))

@@ -151,18 +151,29 @@ def write(rows: Sequence[Row], text: str, folder: Path, csv: str) -> None:
 
 def main(
     description: str,
-    measure: Callable[[str, Quick], list[Row]],
+    measure: Callable[..., list[Row]],
     write_all: Callable[[Sequence[Row], Path], None],
+    variants: Sequence[str] = (),
 ) -> None:
-    """The command of a script that measures on these problems, and writes after each."""
+    """The command of a script that measures on these problems, and writes after each.
+
+    Args:
+      description: of the script.
+      measure: name and problem -> rows; with ``variants``, called with those that are chosen.
+      write_all: writes rows into a folder.
+      variants: what can be chosen.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--problems", nargs="+", choices=QUICK, default=list(QUICK))
+    if variants:
+        parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants))
     arguments = parser.parse_args()
+    chosen = {"variants": arguments.variants} if variants else {}
     compilation.cache_on_disk()
     rows: list[Row] = []
     for name in arguments.problems:
-        rows += measure(name, QUICK[name])
+        rows += measure(name, QUICK[name], **chosen)
         write_all(rows, arguments.output)
         print(f"{name}: done", flush=True)
         jax.clear_caches()

@@ -1,9 +1,10 @@
 """`optgrad.auto` written a second time, for reading and for taking ingredients away.
 
-The default is the same rule, without weight decay and ``total_steps``. It is written for clarity:
-it copies and holds more than it has to.
+The default is the same rule, without ``total_steps``. It is written for clarity: it copies and
+holds more than it has to.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class RuleState(NamedTuple):
     square: Any  # P, of white noise, in units of the step size squared
     product: Any  # C
     scale: Any  # S, the mean square of the gradients
+    limit: Any  # of the step sizes; does not change
 
 
 def growth(t: chex.Array, search: float = 100.0) -> chex.Array:
@@ -53,6 +55,9 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
     fading: bool = True,
     initial_step: float = 0.01,
     relative: bool = True,
+    adapted: bool = False,
+    cap: float = math.inf,
+    weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam's direction with steps that grow while the path is wider than that of noise.
 
@@ -73,6 +78,10 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
       fading: whether C takes into account that directions outlast gradients that become smaller.
       initial_step: the step size before the first step.
       relative: whether that is in units of each tensor's root mean square.
+      adapted: whether the direction is multiplied by m̂²/(m̂² + ρ v̂), ρ = (1 − β)/(1 + β), the
+        variance adaptation γ of M-SVAG; with ``central`` only.
+      cap: the largest step size, relative to the root mean square of the tensor at the start.
+      weight_decay: λ, in proportion to the step size.
     """
     variance, covariance = autocovariance(beta, ahead)
 
@@ -94,9 +103,10 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
             for x, size in zip(leaves, sizes, strict=True)
         ]
         step_size = jax.tree.unflatten(structure, each)
+        limit = jax.tree.map(lambda size: cap / initial_step * size, step_size)
         zeros, none = (jax.tree.map(jnp.zeros_like, tree) for tree in (params, step_size))
         return RuleState(
-            jnp.zeros((), jnp.int32), params, zeros, zeros, step_size, none, none, none
+            jnp.zeros((), jnp.int32), params, zeros, zeros, step_size, none, none, none, limit
         )
 
     def mean_squares(state: RuleState, mean: Any, total: Any) -> Any:
@@ -110,10 +120,15 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
 
     def direction(state: RuleState, mean: Any, total: Any) -> Any:
         """Such a mean over its size."""
-        return jax.tree.map(
-            lambda m, s: jnp.where(s > 0, m / total / jnp.sqrt(jnp.where(s > 0, s, 1)), 0),
-            mean, mean_squares(state, mean, total),
-        )  # fmt: skip
+
+        def one(m: chex.Array, s: chex.Array) -> chex.Array:
+            known = jnp.where(s > 0, s, 1)
+            found = jnp.where(s > 0, m / total / jnp.sqrt(known), 0)
+            square = jnp.square(found)  # m̂²/(v̂ + m̂²)
+            noisy = (1 - beta) / (1 + beta) * (1 - square)
+            return found * square / (square + noisy) if adapted else found
+
+        return jax.tree.map(one, mean, mean_squares(state, mean, total))
 
     def total_of(count: chex.Array) -> chex.Array:
         return 1 - beta ** jnp.maximum(count, 1)
@@ -160,12 +175,12 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
         mean = sum(jax.tree.leaves(products)) / jnp.maximum(everything, 1)
         speed = adaptation * everything / jnp.maximum(everything + few, 1)
 
-        def grown(size: Any, r: Any, n: Any, counts: Any) -> Any:
+        def grown(size: Any, r: Any, n: Any, counts: Any, limit: Any) -> Any:
             r = (n * r + few * mean) / jnp.maximum(n + few, 1)
             r = jnp.minimum(kappa(state.count + 1) * r, 10.0)
-            return jnp.where(counts, size * jnp.exp(speed * (r - 1)), size)
+            return jnp.where(counts, jnp.minimum(size * jnp.exp(speed * (r - 1)), limit), size)
 
-        sizes = jax.tree.map(grown, state.step_size, ratios, numbers, moves)
+        sizes = jax.tree.map(grown, state.step_size, ratios, numbers, moves, state.limit)
         if as_they_were:
             changes = jax.tree.map(lambda new, old: (new / old) ** 2, sizes, state.step_size)
             noise_square = jax.tree.map(lambda p, c: p / c, noise_square, changes)
@@ -195,12 +210,16 @@ def rule(  # noqa: PLR0915  its parts are its ingredients
         about = mean if central else jax.tree.map(jnp.zeros_like, mean)
         squares = jax.tree.map(lambda g, m: (g - m) ** 2, grads, about)
         moment = average(beta_variance, state.second_moment, squares)
-        state = RuleState(state.count + 1, centre, mean, moment, *found)
+        state = RuleState(state.count + 1, centre, mean, moment, *found, state.limit)
         taken, total = mean, total_of(state.count)
         if ahead:
             taken, total = average(beta, mean, grads), total_of(state.count + 1)
         steps = direction(state, taken, total)
-        return jax.tree.map(lambda d, s: -s * d, steps, state.step_size), state
+
+        def step(d: chex.Array, size: Any, theta: chex.Array) -> chex.Array:
+            return -size * (d + weight_decay * theta)
+
+        return jax.tree.map(step, steps, state.step_size, params), state
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
@@ -238,7 +257,7 @@ def record(average: bool = False) -> Method:
         title="auto, in parts", reference="optgrad", equation="as auto's",
         static_args=(
             "pool", "kappa", "ahead", "central", "weighted", "measured", "as_they_were",
-            "effective", "fading", "relative",
+            "effective", "fading", "relative", "adapted",
         ),
         evaluation_params=mean_position if average else None,
     )  # fmt: skip

@@ -26,10 +26,11 @@ _COLUMNS = 4  # of the picture of all curves
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """One study: the comparison of each group that was run."""
+    """One study: the comparison of each group that was run, and of which revision it is."""
 
     name: str
     groups: Mapping[str, Comparison]
+    revisions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def any(self) -> Comparison:
@@ -70,13 +71,15 @@ def read(folder: Path, names: Sequence[str]) -> list[Evidence]:
     """The studies of which something is finished in a folder, in the order of their names."""
     found = []
     for name in names:
-        groups = {
-            group: stored.load_study(folder / name / group).comparison
+        studies = {
+            group: stored.load_study(folder / name / group)
             for group in GROUPS
             if (folder / name / group / results.SUMMARY).is_file()
         }
-        if groups:
-            found.append(Evidence(name, groups))
+        if studies:
+            groups = {group: study.comparison for group, study in studies.items()}
+            revisions = {group: study.environment["revision"] for group, study in studies.items()}
+            found.append(Evidence(name, groups, revisions))
     return found
 
 
@@ -369,7 +372,10 @@ def record(study: Evidence) -> dict[str, object]:
                 "steps": found[0] if found else [],
                 "mean": [float(f"{x:.6g}") for x in found[1]] if found else [],
             })  # fmt: skip
-    return {"study": study.name, "score": study.any.score.name, "optimizers": optimizers}
+    return {
+        "study": study.name, "score": study.any.score.name, "revisions": dict(study.revisions),
+        "optimizers": optimizers,
+    }  # fmt: skip
 
 
 def text_of(
@@ -377,10 +383,12 @@ def text_of(
     found: Mapping[str, profiles.Profile], compared: Sequence[str],
 ) -> str:  # fmt: skip
     """The report, Markdown."""
+    revisions = sorted({revision for s in studies for revision in s.revisions.values()})
     lines = [
         "# No tuning against tuned peers", "",
         "Written by `python benchmarks/auto_suite.py evidence`; the studies are in `configs/auto` "
-        "or a folder of it. Means over the final runs, of an excess the geometric mean.", "",
+        f"or a folder of it, run at {', '.join(revisions) or 'unknown revisions'}. Means over the "
+        "final runs, of an excess the geometric mean.", "",
         "## What was reached", "", scores_table(studies), "",
         "## The bar", "",
         "Behind, in percent: of an accuracy, points; of a loss, the relative difference; of an "

@@ -22,7 +22,14 @@ import auto_evidence
 import jax
 
 import optgrad
-from optgrad.experiments import checkpoint, compare, compilation, config, results
+from optgrad.experiments import (
+    checkpoint,
+    compare,
+    compilation,
+    config,
+    results,
+    user_problems,
+)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "auto"
 SUITES = {"chosen_on": CONFIGS, "full": CONFIGS / "full", "held_out": CONFIGS / "held_out"}
@@ -123,7 +130,9 @@ def run_group(settings: config.CompareConfig, folder: Path, *, again: bool) -> f
 
 def _what_counts(settings: config.CompareConfig) -> dict[str, Any]:
     """Without places on a machine, and what a finished study has resolved."""
-    found = settings.model_dump(mode="json", exclude={"output", "data_dir", "problem"})
+    found = settings.model_dump(mode="json", exclude={"output", "data_dir"})
+    if own := user_problems.file_of(settings.problem):
+        found["problem"] = own[0].read_text(encoding="utf-8"), own[1]
     found["tuning"].pop("select_by")
     return found
 

@@ -82,7 +82,10 @@ def deep(*, batch_size: int) -> problems.Problem:
 
 
 def factorization(*, batch_size: int) -> problems.Problem:
-    """A matrix of rank 5 from some noisy entries: a product, with a saddle near its start."""
+    """A matrix of rank 5 from some noisy entries: a product, with a saddle near its start.
+
+    It is judged by the entries that were left out, without noise.
+    """
     random = np.random.default_rng(0)
     left, right = random.standard_normal((2, 100, 5))
     entries = random.permutation(100 * 100)
@@ -180,7 +183,10 @@ def student(*, batch_size: int) -> problems.Problem:
 
 
 def variational(*, batch_size: int) -> problems.Problem:
-    """The evidence bound of a variational autoencoder of digits: noise of the model's own."""
+    """A variational autoencoder of digits, with noise of its own.
+
+    It is judged by the evidence bound, up to a constant and with one draw of the code.
+    """
     images, _ = _images("digits")
     encoder = _Network(lambda rngs: _Layers([64, 48, 12], nnx.relu, rngs))
     decoder = _Network(lambda rngs: _Layers([6, 48, 64], nnx.relu, rngs))
@@ -220,7 +226,10 @@ def bandit(*, batch_size: int) -> problems.Problem:
 
 
 def heavy_tails(*, batch_size: int) -> problems.Problem:
-    """Linear regression whose noise is Student's t with 2.5 degrees of freedom."""
+    """Linear regression whose noise is Student's t with 2.5 degrees of freedom.
+
+    The scales of the inputs go from 1 to 30, the curvatures from 1 to 900.
+    """
     random = np.random.default_rng(0)
     scales = np.geomspace(1, 30, 30)
     x = (random.standard_normal((22000, 30)) * scales).astype(np.float32)
@@ -409,7 +418,7 @@ def _parts(arrays: Arrays, train: int, validation: int) -> dict[str, Arrays]:
 
 
 def _images(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Flat, normalised images, of half of the pixels where there are many, and their labels."""
+    """Flat, normalised images, of half of the resolution where it is high, and their labels."""
     whole = data_lib.load(name)
     small = len(whole.train_labels) < 10 * VALIDATION
     dataset = whole.split_validation(0.2 if small else VALIDATION)

@@ -64,6 +64,16 @@ def test_methods_that_are_not_registered_are_left_out(suite):
     ]
 
 
+def test_a_problem_that_was_changed_is_another(suite, tmp_path):
+    path, problem = tmp_path / "study.toml", tmp_path / "mine.py"
+    path.write_text('problem = "mine.py"\nsteps = 20\neval_every = 10\n')
+    problem.write_text("def problem(*, batch_size): ...\n")
+    before = suite._what_counts(suite.settings_of(path, "auto"))
+    assert suite._what_counts(suite.settings_of(path, "auto")) == before
+    problem.write_text("def problem(*, batch_size): return 1\n")
+    assert suite._what_counts(suite.settings_of(path, "auto")) != before
+
+
 # The evidence, of made-up comparisons ------------------------------------------------------------
 
 
@@ -157,6 +167,7 @@ def test_a_tiny_suite_from_end_to_end(suite, evidence, tmp_path, monkeypatch, ca
     text = (tmp_path / "evidence" / "report.md").read_text()
     assert "Not run: not_run." in text
     kept = json.loads((tmp_path / "evidence" / "results.json").read_text())
+    assert all(revision in text for revision in kept[0]["revisions"].values())
     assert {row["group"] for row in kept[0]["optimizers"]} == {
         "constant", "cosine", "parameter_free"
     }  # fmt: skip

@@ -65,7 +65,7 @@ def test_text_is_divided_and_covered(name):
 
 
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("name", ["embedding", "attention"])
+@pytest.mark.parametrize("name", ["embedding", pytest.param("attention", marks=pytest.mark.slow)])
 def test_training_beats_the_frequencies_of_symbols(name):
     problem = create_problem(name, batch_size=64)
     text = text_problems._words() if name == "embedding" else text_problems._characters()

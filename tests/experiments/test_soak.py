@@ -73,6 +73,7 @@ def test_soak_sees_losses(tmp_path, monkeypatch, fake, message):
     assert run.exit_code == 2
 
 
+@pytest.mark.slow
 def test_what_does_not_go_together_is_drawn_again(tmp_path, monkeypatch):
     """A study that is refused before it begins is none."""
     monkeypatch.setattr(soak, "random_study", lambda draws: arguments.pop(0))

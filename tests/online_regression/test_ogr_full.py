@@ -119,8 +119,12 @@ def test_boxes_are_told_apart():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
-def test_3d_beale():
-    """The author's 0.00384, within a factor of 1.5 for the mean of several noise seeds."""
+def test_3d_beale(x64):
+    """The author's 0.00384, within a factor of 1.5 for the mean of several noise seeds.
+
+    In 64 bits, as his: the printed method has no guards, and in 32 bits it depends on how the
+    processor rounds whether one of these 750 runs ends at NaN.
+    """
     values = geometric_means(optgrad.ogr_full(paper=True), seeds=6)
     assert 0.00384 / 1.5 < np.exp(np.mean(np.log(values))) < 0.00384 * 1.5
 

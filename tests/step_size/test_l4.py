@@ -10,7 +10,7 @@ import optgrad
 
 from . import loss_runs as runs
 
-CALM = 40  # steps; then some of these runs explode, and roundings with them
+CALM = 35  # steps; then some of these runs explode, and roundings with them
 
 METHODS = (optgrad.l4_momentum, optgrad.l4_adam)
 NAMES = ("l4_momentum", "l4_adam")

@@ -175,8 +175,10 @@ def test_trajectory(x64, method):
     start = np.array([-1.2, 1.0, 0.3])
     expected = follow(Box(method), 0.1, start, 25, searches.rosenbrock)
     run = searches.compiled(optgrad.nonlinear_cg(method), searches.rosenbrock, 25)
-    # Beside the size of the path, 1: line searches and crossings of 0 enlarge the rounding.
-    np.testing.assert_allclose(run(jnp.asarray(start))[1], expected, rtol=1e-10, atol=1e-9)
+    found = run(jnp.asarray(start))[1]
+    np.testing.assert_allclose(found[:12], expected[:12], rtol=1e-10)
+    # Then line searches and crossings of 0 have enlarged what processors round differently.
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-9)
 
 
 def test_options_of_the_search(x64):
